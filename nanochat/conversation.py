@@ -1,0 +1,153 @@
+"""Conversations become token ids and a mask that says which of them the model is to learn.
+
+A conversation is
+
+    {"messages": [{"role": "user", "content": "What is 2+3?"},
+                  {"role": "assistant", "content": [{"type": "text", "text": "2+3="},
+                                                    {"type": "python", "text": "2+3"},
+                                                    {"type": "python_output", "text": "5"},
+                                                    {"type": "text", "text": "5"}]}]}
+
+Users and assistants take turns, a user first. A system message may come before them: it is joined to the first user
+message with a blank line, as the model has no token for the role. A conversation may end on a user turn. The example is
+rendered as follows, on one line in truth; the marked part is supervised:
+
+    <|bos|><|user_start|>What is 2+3?<|user_end|><|assistant_start|>
+    2+3=<|python_start|>2+3<|python_end|>
+    ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+    <|output_start|>5<|output_end|>5<|assistant_end|>
+                                   ^^^^^^^^^^^^^^^^^^
+Tool output is not supervised: the engine writes it, not the model. Text is encoded as ordinary text, so nothing that a
+message says can end it or begin another.
+
+What it does not do: say which conversation of a data set is broken (the caller knows its index), pad, or pack.
+"""
+
+from typing import Any
+
+from nanochat.common import UserError
+
+# part type -> (special token before, special token after, 1 where the model is to learn it)
+ASSISTANT_PARTS = {
+    "text": ("", "", 1),
+    "python": ("<|python_start|>", "<|python_end|>", 1),
+    "python_output": ("<|output_start|>", "<|output_end|>", 0),
+}
+
+
+class ConversationError(UserError):
+    """A conversation that breaks the rules above; the text says which message does, and how."""
+
+
+def check_conversation(conversation: Any) -> list[dict[str, Any]]:
+    """Return the messages of a conversation after checking them; raise ConversationError where they break the rules.
+
+    Messages are counted from 0, the system message included.
+    """
+    messages = conversation.get("messages") if isinstance(conversation, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise ConversationError('a conversation is {"messages": [...]} with at least one message')
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise ConversationError(f'message {index} is not of the form {{"role": ..., "content": ...}}')
+    num_system = int(messages[0]["role"] == "system")
+    if len(messages) == num_system:
+        raise ConversationError("message 0 is a system message with no user message after it")
+    for index, message in enumerate(messages):
+        expected = "system" if index < num_system else ("user", "assistant")[(index - num_system) % 2]
+        if message["role"] != expected:
+            raise ConversationError(
+                f"message {index} has the role {message['role']!r} where {expected!r} is due: a system message may "
+                "come first, then user and assistant take turns"
+            )
+        _check_content(index, message)
+    return messages
+
+
+def _check_content(index: int, message: dict[str, Any]) -> None:
+    content, role = message["content"], message["role"]
+    if isinstance(content, str):
+        return
+    if not isinstance(content, list):
+        raise ConversationError(f"message {index} has content of type {type(content).__name__}: str or list is wanted")
+    legal_types = tuple(ASSISTANT_PARTS) if role == "assistant" else ("text",)
+    for number, part in enumerate(content):
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise ConversationError(f'message {index}, part {number} is not of the form {{"type": ..., "text": str}}')
+        if part.get("type") not in legal_types:
+            raise ConversationError(
+                f"message {index}, part {number} has the type {part.get('type')!r}: the {role} may have "
+                f"{', '.join(legal_types)}"
+            )
+
+
+def render_conversation(
+    tokenizer: Any, conversation: dict[str, Any], max_tokens: int = 2048
+) -> tuple[list[int], list[int]]:
+    """(ids, mask) of a conversation, equally long and at most max_tokens; mask is 1 on what the assistant should learn.
+
+    What does not fit is cut off at the end. Raises ConversationError for a conversation that breaks the rules.
+    """
+    ids, mask = _render_messages(tokenizer, check_conversation(conversation))
+    return ids[:max_tokens], mask[:max_tokens]
+
+
+def render_for_completion(tokenizer: Any, conversation: dict[str, Any]) -> list[int]:
+    """The ids that make the model give the next reply: all up to the last user message, then <|assistant_start|>.
+
+    An assistant message at the end (the reference answer of a training example) is left out. Nothing is cut: the caller
+    knows how long the context is. Raises ConversationError for a conversation that breaks the rules.
+    """
+    messages = check_conversation(conversation)
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    ids, _ = _render_messages(tokenizer, messages)
+    return [*ids, tokenizer.encode_special("<|assistant_start|>")]
+
+
+def _render_messages(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+    """(ids, mask) of checked messages, uncut."""
+    ids = [tokenizer.get_bos_token_id()]
+    mask = [0]
+
+    def add(new_ids: list[int], supervised: int) -> None:
+        ids.extend(new_ids)
+        mask.extend([supervised] * len(new_ids))
+
+    def add_special(token: str, supervised: int) -> None:
+        add([tokenizer.encode_special(token)], supervised)
+
+    for message in _merge_system_message(messages):
+        if message["role"] == "user":
+            add_special("<|user_start|>", 0)
+            add(tokenizer.encode(_plain_text(message["content"])), 0)
+            add_special("<|user_end|>", 0)
+            continue
+        add_special("<|assistant_start|>", 0)
+        for part in _as_parts(message["content"]):
+            before, after, supervised = ASSISTANT_PARTS[part["type"]]
+            if before:
+                add_special(before, supervised)
+            add(tokenizer.encode(part["text"]), supervised)
+            if after:
+                add_special(after, supervised)
+        add_special("<|assistant_end|>", 1)
+    return ids, mask
+
+
+def _merge_system_message(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with a leading system message joined to the first user message; the arguments are not changed."""
+    if messages[0]["role"] != "system":
+        return messages
+    system, user, *rest = messages
+    content = f"{_plain_text(system['content'])}\n\n{_plain_text(user['content'])}"
+    return [{"role": "user", "content": content}, *rest]
+
+
+def _as_parts(content: str | list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _plain_text(content: str | list[dict[str, str]]) -> str:
+    """The text of a user or system message, whose parts are all of type text."""
+    return "".join(part["text"] for part in _as_parts(content))
