@@ -1,0 +1,290 @@
+"""Checkpoints: complete, atomic, and found again.
+
+    <base>/base_checkpoints/d20/model_021400.pt   weights
+                                optim_021400.pt   whole optimizer state, and the RNG (what resuming needs)
+                                meta_021400.json  everything else; written last, it means "complete"
+                                metrics.jsonl     what was measured on the way
+
+Each file is written to a temporary name and renamed. The metadata records the sizes of the others, so that a file cut
+short by a full disk or a crash is never taken for a checkpoint: the one before is used, with a warning. Weights load
+with weights_only=True: a checkpoint cannot execute anything.
+"""
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat.common import UserError, atomic_write, barrier, get_base_dir, get_dist_info, print0
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import get_tokenizer
+
+CHECKPOINT_DIRS = {
+    "base": "base_checkpoints",
+    "mid": "mid_checkpoints",
+    "sft": "chatsft_checkpoints",
+    "rl": "chatrl_checkpoints",
+}
+STAGE_COMMANDS = {
+    "base": "python -m scripts.base_train",
+    "mid": "python -m scripts.mid_train",
+    "sft": "python -m scripts.chat_sft",
+    "rl": "python -m scripts.chat_rl",
+}
+# Settings that may change between the parts of one run: they say what is measured and kept, not what is trained.
+FREE_SETTINGS = ("run", "resume", "tokenized_cache", "eval_", "sample_", "save_", "core_metric_")
+
+
+def checkpoint_root(source: str) -> Path:
+    """The folder of a stage's checkpoints, one folder a model in it. source: base, mid, sft or rl."""
+    if source not in CHECKPOINT_DIRS:
+        raise UserError(f"unknown checkpoint source {source!r}: one of {', '.join(CHECKPOINT_DIRS)} is wanted")
+    return get_base_dir() / CHECKPOINT_DIRS[source]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+def save_checkpoint(
+    checkpoint_dir: str | Path,
+    step: int,
+    model_data: dict[str, torch.Tensor],
+    optimizer_data: Any,
+    meta_data: dict[str, Any],
+) -> None:
+    """Write a checkpoint; rank 0 writes, every rank must call (and must have gathered optimizer_data before).
+
+    optimizer_data may be None (a checkpoint that cannot be resumed). Raises UserError when the disk is full.
+    """
+    if get_dist_info()[1] == 0:
+        folder = Path(checkpoint_dir)
+        files = {f"model_{step:06d}.pt": model_data}
+        if optimizer_data is not None:
+            files[f"optim_{step:06d}.pt"] = optimizer_data
+        try:
+            # a checkpoint of this step may be there already: without its metadata it no longer counts as complete
+            _meta_path(folder, step).unlink(missing_ok=True)
+            for name, data in files.items():
+                with atomic_write(folder / name, "wb") as f:
+                    torch.save(data, f)
+            sizes = {name: (folder / name).stat().st_size for name in files}
+            write_meta(folder, step, {"step": step, "files": sizes, **meta_data})
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+            raise UserError(f"cannot write checkpoint {step} to {folder}: {error} (is the disk full?)") from error
+    barrier()
+
+
+def write_meta(checkpoint_dir: str | Path, step: int, meta_data: dict[str, Any]) -> None:
+    """Write or replace the metadata of a checkpoint, atomically. Local: call on rank 0."""
+    with atomic_write(_meta_path(Path(checkpoint_dir), step)) as f:
+        json.dump(meta_data, f, indent=2)
+
+
+def update_meta(checkpoint_dir: str | Path, step: int, **changes: Any) -> None:
+    """Add to the metadata of a checkpoint what was measured after it was saved. Local: rank 0 writes."""
+    if get_dist_info()[1] == 0:
+        write_meta(checkpoint_dir, step, {**read_meta(checkpoint_dir, step), **changes})
+
+
+def prune_checkpoints(checkpoint_dir: str | Path, keep: int) -> None:
+    """Remove all but the newest `keep` complete checkpoints (-1 keeps all). Local: rank 0 removes."""
+    folder = Path(checkpoint_dir)
+    if keep < 0 or get_dist_info()[1] != 0:
+        return
+    for step in complete_steps(folder)[:-keep] if keep else []:
+        for path in (_meta_path(folder, step), folder / f"model_{step:06d}.pt", folder / f"optim_{step:06d}.pt"):
+            path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding
+
+
+def _meta_path(folder: Path, step: int) -> Path:
+    return folder / f"meta_{step:06d}.json"
+
+
+def read_meta(checkpoint_dir: str | Path, step: int) -> dict[str, Any]:
+    """The metadata of a checkpoint. Raises UserError where there is none or it cannot be read."""
+    path = _meta_path(Path(checkpoint_dir), step)
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        steps = complete_steps(path.parent)
+        have = f"there are steps {', '.join(map(str, steps))}" if steps else "there is none at all"
+        raise UserError(f"no checkpoint of step {step} in {path.parent}: {have}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no checkpoint metadata: {error}; remove it to use another step") from None
+
+
+def complete_steps(checkpoint_dir: str | Path) -> list[int]:
+    """The steps of all complete checkpoints in a folder, ascending. Files cut short are reported and left out."""
+    steps = []
+    folder = Path(checkpoint_dir)
+    for path in folder.glob("model_*.pt") if folder.is_dir() else []:
+        match = re.fullmatch(r"model_(\d+)\.pt", path.name)
+        if match and _meta_path(folder, int(match[1])).exists():
+            problem = _damage(folder, int(match[1]))
+            if problem:
+                print0(f"warning: checkpoint {int(match[1])} in {folder} is not used: {problem}")
+            else:
+                steps.append(int(match[1]))
+    return sorted(steps)
+
+
+def _damage(folder: Path, step: int) -> str | None:
+    """What is wrong with the files of a checkpoint, or None."""
+    try:
+        with open(_meta_path(folder, step), encoding="utf-8") as f:
+            sizes = json.load(f).get("files", {})
+    except ValueError:
+        return "its metadata cannot be read"
+    for name, size in sizes.items():
+        found = (folder / name).stat().st_size if (folder / name).exists() else 0
+        if found != size:
+            return f"{name} has {found} of {size} bytes"
+    return None
+
+
+def find_last_step(checkpoint_dir: str | Path) -> int:
+    """The largest step that has a complete checkpoint. Raises UserError where there is none."""
+    steps = complete_steps(checkpoint_dir)
+    if not steps:
+        raise UserError(f"no complete checkpoint in {checkpoint_dir}")
+    return steps[-1]
+
+
+def find_largest_model(checkpoints_dir: str | Path) -> str:
+    """The tag of the model to use by default: the deepest d<N>, else the one that was written last.
+
+    Only folders with a complete checkpoint count. Raises UserError where there is none.
+    """
+    folder = Path(checkpoints_dir)
+    tags = [p.name for p in folder.iterdir() if p.is_dir() and complete_steps(p)] if folder.is_dir() else []
+    if not tags:
+        raise UserError(f"no checkpoints in {folder}")
+    depths = {tag: int(tag[1:]) for tag in tags if re.fullmatch(r"d\d+", tag)}
+    if depths:
+        return max(depths, key=depths.get)
+    return max(tags, key=lambda tag: (folder / tag).stat().st_mtime)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_checkpoint(
+    checkpoint_dir: str | Path, step: int, device: torch.device | str, load_optimizer: bool = False
+) -> tuple[dict[str, torch.Tensor], Any, dict[str, Any]]:
+    """(model_data, optimizer_data or None, meta_data) of a checkpoint, tensors on the device. Local."""
+    folder = Path(checkpoint_dir)
+    meta = read_meta(folder, step)
+    problem = _damage(folder, step)
+    if problem:
+        raise UserError(f"checkpoint {step} in {folder} is damaged: {problem}; choose another --step")
+    model_data = _load_tensors(folder / f"model_{step:06d}.pt", device)
+    optimizer_data = _load_tensors(folder / f"optim_{step:06d}.pt", "cpu") if load_optimizer else None
+    return model_data, optimizer_data, meta
+
+
+def _load_tensors(path: Path, device: torch.device | str) -> Any:
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def build_model(checkpoint_dir: str | Path, step: int, device: torch.device, phase: str) -> tuple[GPT, Any, dict]:
+    """(model, tokenizer, meta_data) of a checkpoint; phase 'train' or 'eval' sets the model's mode. Local.
+
+    Raises UserError where the tokenizer on disk is not the one that the model was trained with.
+    """
+    if phase not in ("train", "eval"):
+        raise ValueError(f"phase={phase!r} is not one of train, eval")
+    model_data, _, meta = load_checkpoint(checkpoint_dir, step, device)
+    tokenizer = get_tokenizer()
+    check_tokenizer(meta, tokenizer, checkpoint_dir)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**meta["model_config"]))
+    model.to_empty(device=device)
+    model.prepare()
+    load_weights(model, model_data)
+    return model.train(phase == "train"), tokenizer, meta
+
+
+def load_weights(model: GPT, model_data: dict[str, torch.Tensor]) -> None:
+    """Copy weights into a model, into its own dtypes; the prefix of compiled models is taken off the names."""
+    model.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in model_data.items()})
+
+
+def load_model(
+    source: str, device: torch.device, phase: str, model_tag: str | None = None, step: int | None = None
+) -> tuple[GPT, Any, dict]:
+    """(model, tokenizer, meta_data) of a stage's checkpoint: base, mid, sft or rl.
+
+    model_tag None or '' takes the largest model, step None or -1 the last one. meta_data gains "source", "model_tag"
+    and "checkpoint_dir": which checkpoint it was. Raises UserError, naming the command, where there is none.
+    """
+    root = checkpoint_root(source)
+    try:
+        tag = model_tag or find_largest_model(root)
+        step = find_last_step(root / tag) if step is None or step < 0 else step
+    except UserError as error:
+        raise UserError(f"{error}: run {STAGE_COMMANDS[source]} first") from None
+    print0(f"model: {root / tag}, step {step}")
+    model, tokenizer, meta = build_model(root / tag, step, device, phase)
+    return model, tokenizer, {**meta, "source": source, "model_tag": tag, "checkpoint_dir": str(root / tag)}
+
+
+def check_tokenizer(meta: dict[str, Any], tokenizer: Any, checkpoint_dir: str | Path) -> None:
+    """Raise UserError unless the tokenizer is the one that a checkpoint's metadata names."""
+    expected = meta.get("tokenizer_hash")
+    if expected and expected != tokenizer.hash:
+        raise UserError(
+            f"the tokenizer on disk ({tokenizer.hash}) is not the one that {checkpoint_dir} was trained with "
+            f"({expected}): put that tokenizer back, or train the model again"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resuming
+
+
+def find_resume_step(checkpoint_dir: str | Path, config: Any, resume: str, tokenizer: Any) -> int | None:
+    """The step from which a run goes on, or None for a new run. The same on every rank.
+
+    resume: 'auto' takes up the checkpoint of a run with the same settings, if there is one; 'never' starts anew.
+    Raises UserError where the folder holds a run with other settings or another tokenizer, naming the differences:
+    starting anew would replace it, and that is the user's to say.
+    """
+    if resume == "never":
+        return None
+    steps = complete_steps(checkpoint_dir)
+    if not steps:
+        return None
+    meta = read_meta(checkpoint_dir, steps[-1])
+    anew = "--resume=never starts anew and replaces it, --model_tag=NAME leaves it alone"
+    saved, current = meta.get("user_config", {}), asdict(config)
+    names = [name for name in {**saved, **current} if not name.startswith(FREE_SETTINGS)]
+    changed = [f"{n}={saved.get(n)} there, {current.get(n)} here" for n in names if saved.get(n) != current.get(n)]
+    if changed:
+        raise UserError(f"{checkpoint_dir} holds a run with other settings ({'; '.join(changed)}): {anew}")
+    if meta.get("tokenizer_hash") != tokenizer.hash:
+        raise UserError(f"{checkpoint_dir} holds a run with another tokenizer: {anew}")
+    return steps[-1]
+
+
+def clear_checkpoints(checkpoint_dir: str | Path) -> None:
+    """Remove a former run's checkpoints, lest its last step be taken for the new run's. Every rank must call."""
+    if get_dist_info()[1] == 0 and Path(checkpoint_dir).is_dir():
+        for path in Path(checkpoint_dir).iterdir():
+            if re.fullmatch(r"(model|optim|meta)_\d+\.(pt|json)", path.name):
+                path.unlink()
+    barrier()

@@ -1,0 +1,342 @@
+"""What the training loops share: sizes, schedules, one optimizer step, meters, metrics, stopping and resuming.
+
+The loops themselves stay in the scripts, where they can be read from top to bottom. Nothing here knows what a loop
+trains on: a step is a list of (inputs, targets) micro-batches and a number of targets to divide the loss by.
+"""
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from nanochat.common import (
+    UserError,
+    all_reduce_sum,
+    any_rank,
+    atomic_write,
+    autocast,
+    device_name,
+    format_seconds,
+    get_dist_info,
+    peak_flops,
+    synchronize,
+)
+from nanochat.engine import Engine
+
+UNTIMED_STEPS = 10  # compilation and warm caches: time is counted from the step after these
+EMA_BETA = 0.9
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes and schedules
+
+
+def gradient_accumulation_steps(
+    total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int, data_lanes: int
+) -> int:
+    """How many micro-batches each rank takes in an optimizer step.
+
+    total_batch_size in tokens: whole micro-batches on every rank, and equally many rows from each lane of the data.
+    Raises UserError naming the nearest settings that fit.
+    """
+    settings = {
+        "total_batch_size": total_batch_size,
+        "device_batch_size": device_batch_size,
+        "max_seq_len": sequence_len,
+        "data_lanes": data_lanes,
+    }
+    for name, value in settings.items():
+        if value < 1:
+            raise UserError(f"--{name}={value} must be at least 1")
+    micro_rows = device_batch_size * world_size
+    unit = math.lcm(micro_rows, data_lanes) * sequence_len
+    if total_batch_size % unit == 0:
+        return total_batch_size // (micro_rows * sequence_len)
+    below, above = total_batch_size // unit * unit, -(-total_batch_size // unit) * unit
+    fits = [f"--total_batch_size={size}" for size in (below, above) if size]
+    rows, left = divmod(total_batch_size, sequence_len)
+    if not left and rows % math.lcm(world_size, data_lanes) == 0:  # the rows fit the lanes, but not the micro-batches
+        best = max(n for n in range(1, device_batch_size + 1) if rows % (n * world_size) == 0)
+        fits.append(f"--device_batch_size={best}")
+    elif not left and rows % micro_rows == 0:  # the other way round
+        best = max(n for n in range(world_size, max(data_lanes, world_size) + 1, world_size) if rows % n == 0)
+        fits.append(f"--data_lanes={best}")
+    raise UserError(
+        f"--total_batch_size={total_batch_size} must be a multiple of {unit}, for whole micro-batches of "
+        f"{device_batch_size} rows x {sequence_len} tokens x {world_size} processes and equally many rows from each of "
+        f"{data_lanes} data lanes; try {' or '.join(fits)}"
+    )
+
+
+def evaluation_steps(eval_tokens: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:
+    """How many batches each rank takes in an evaluation of about eval_tokens tokens; at least one."""
+    return max(1, eval_tokens // (device_batch_size * sequence_len * world_size))
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether what happens every so many steps happens at this one; -1 (or 0) is never."""
+    return every > 0 and step % every == 0
+
+
+def lr_multiplier(
+    progress: float, warmup_ratio: float = 0.0, warmdown_ratio: float = 0.2, final_lr_frac: float = 0.0
+) -> float:
+    """The factor on every learning rate at a progress in [0, 1]: linear up, constant, linear down to final_lr_frac.
+
+    With the defaults, lr_multiplier(0.8) = 1, lr_multiplier(0.9) = 0.5, lr_multiplier(1.0) = 0.
+    """
+    progress = min(max(progress, 0.0), 1.0)
+    if progress < warmup_ratio:
+        return progress / warmup_ratio
+    if progress <= 1.0 - warmdown_ratio:
+        return 1.0
+    left = (1.0 - progress) / warmdown_ratio
+    return left + (1.0 - left) * final_lr_frac
+
+
+def muon_momentum(step: int) -> float:
+    """Muon's momentum: from 0.85 at step 0 to 0.95 at step 300, and from then on."""
+    fraction = min(step / 300, 1.0)
+    return (1 - fraction) * 0.85 + fraction * 0.95
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One optimizer step
+
+
+def accumulate_gradients(
+    model: Any, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]], num_targets: int, device: torch.device
+) -> float:
+    """Add up the gradients of a step's micro-batches; return the step's loss, the mean over all ranks, in nats.
+
+    micro_batches are this rank's (inputs, targets), (B, T) int64; num_targets counts the supervised targets of the
+    whole step over all ranks. The loss is the sum over targets divided by it, so that how the rows are dealt out to
+    micro-batches and ranks changes nothing. Optimizers average gradients over ranks, hence the world size in the scale.
+    Every rank must call.
+    """
+    world_size = get_dist_info()[3]
+    total = torch.zeros((), device=device)
+    for inputs, targets in micro_batches:
+        with autocast(device):
+            loss = model(inputs, targets, loss_reduction="sum")
+        total += loss.detach()
+        (loss * (world_size / num_targets)).backward()
+    return all_reduce_sum(total).item() / num_targets
+
+
+def step_optimizers(optimizers: list[Any], multiplier: float, momentum: float, grad_clip: float = 0.0) -> float:
+    """Reduce, clip by the global norm (grad_clip 0: off), update; return the gradient norm before clipping.
+
+    multiplier scales every group's initial_lr; momentum goes to the groups that have one (Muon's). Clears the
+    gradients. Every rank must call.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * multiplier
+            if "momentum" in group:
+                group["momentum"] = momentum
+    norm = all_reduce_sum(sum(optimizer.reduce() for optimizer in optimizers)).sqrt().item()
+    scale = min(1.0, grad_clip / (norm + 1e-6)) if grad_clip > 0 else 1.0
+    for optimizer in optimizers:
+        optimizer.step(scale)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
+    return norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured on the way
+
+
+class TrainMeter:
+    """Loss average, speed and time of a training run; its state goes into the checkpoint.
+
+    The loss is a debiased exponential moving average: a constant loss c reads c from the first update on. Time is
+    counted without the first UNTIMED_STEPS steps of the run.
+    """
+
+    def __init__(self, tokens_per_step: int, flops_per_token: float, device: torch.device):
+        _, _, _, world_size = get_dist_info()
+        self.tokens_per_step, self.flops_per_token, self.device = tokens_per_step, flops_per_token, device
+        peak = peak_flops(device_name(device))
+        self.peak = peak * world_size if peak else None
+        self.updates = 0
+        self.loss_average = 0.0  # biased towards 0
+        self.timed_steps = 0
+        self.timed_seconds = 0.0
+        self.min_val_bpb = float("inf")
+        self.last_seconds = 0.0
+        self.started = 0.0
+
+    def start_step(self) -> None:
+        """The step's clock starts."""
+        synchronize(self.device)
+        self.started = time.perf_counter()
+
+    def end_step(self, loss: float) -> None:
+        """The step is done; loss in nats per token."""
+        synchronize(self.device)
+        self.last_seconds = time.perf_counter() - self.started
+        self.updates += 1
+        self.loss_average = EMA_BETA * self.loss_average + (1 - EMA_BETA) * loss
+        if self.updates > UNTIMED_STEPS:
+            self.timed_steps += 1
+            self.timed_seconds += self.last_seconds
+
+    @property
+    def loss(self) -> float:
+        """The debiased average loss."""
+        return self.loss_average / (1 - EMA_BETA**self.updates) if self.updates else float("nan")
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the last step, over all ranks."""
+        return self.tokens_per_step / self.last_seconds if self.last_seconds else 0.0
+
+    def mfu(self, average: bool = False) -> float | None:
+        """Model FLOPs utilisation in [0, 1] of the last step or of all timed ones; None where the peak is unknown."""
+        steps, seconds = (self.timed_steps, self.timed_seconds) if average else (1, self.last_seconds)
+        if self.peak is None or not seconds:
+            return None
+        return steps * self.tokens_per_step * self.flops_per_token / (seconds * self.peak)
+
+    def eta_seconds(self, steps_left: int) -> float | None:
+        """Seconds until the end at the average speed so far; None before anything was timed."""
+        return steps_left * self.timed_seconds / self.timed_steps if self.timed_steps else None
+
+    def line(self, step: int, num_steps: int, **extra: Any) -> str:
+        """One line of the training log."""
+        parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}", f"loss {self.loss:.4f}"]
+        parts += [f"{name} {value:.3g}" for name, value in extra.items()]
+        parts += [f"{self.last_seconds * 1000:.0f} ms", f"{self.tokens_per_second:,.0f} tok/s"]
+        mfu, eta = self.mfu(), self.eta_seconds(num_steps - step)
+        if mfu is not None:
+            parts.append(f"mfu {mfu:.1%}")
+        if eta is not None:
+            parts.append(f"{format_seconds(eta)} left")
+        return " | ".join(parts)
+
+    STATE = ("updates", "loss_average", "timed_steps", "timed_seconds", "min_val_bpb")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on as if nothing had happened; JSON-able."""
+        return {name: getattr(self, name) for name in self.STATE}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state_dict."""
+        for name in self.STATE:
+            setattr(self, name, state[name])
+
+
+class MetricsLog:
+    """metrics.jsonl beside a checkpoint: one JSON object a line with "step" and whatever was measured at it.
+
+    Rank 0 writes. Lines after the step at which a run starts or resumes are dropped, so that each step is there once.
+    """
+
+    def __init__(self, checkpoint_dir: str | Path, from_step: int = 0):
+        self.path = Path(checkpoint_dir) / "metrics.jsonl"
+        self.is_writer = get_dist_info()[1] == 0
+        if not self.is_writer:
+            return
+        kept = [line for line in self._lines() if from_step and _step_of(line) <= from_step]
+        with atomic_write(self.path) as f:
+            f.writelines(kept)
+
+    def log(self, step: int, **metrics: Any) -> None:
+        """Append a line."""
+        if self.is_writer:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def _lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        with open(self.path, encoding="utf-8") as f:
+            return f.readlines()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinity for a line that was cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+SAMPLE_PROMPTS = (
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "The opposite of hot is",
+    "The planets of the solar system are:",
+    "My favorite color is",
+    "If 5*x + 3 = 13, then x is",
+)
+
+
+def sample_completions(model: Any, tokenizer: Any, max_tokens: int = 16) -> list[str]:
+    """The likeliest completion of each of SAMPLE_PROMPTS, prompt included. Local; takes the uncompiled model."""
+    engine = Engine(model, tokenizer)
+    samples = []
+    for prompt in SAMPLE_PROMPTS:
+        tokens = tokenizer.encode(prompt, prepend=tokenizer.get_bos_token_id())
+        with autocast(model.get_device()):
+            sequences, _ = engine.generate_batch(tokens, num_samples=1, max_tokens=max_tokens, temperature=0.0)
+        samples.append(tokenizer.decode(sequences[0][1:]))
+    return samples
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping
+
+
+class StopSignal:
+    """Turns SIGINT and SIGTERM into a flag that the loop looks at between steps, so that it can save and leave.
+
+        with StopSignal() as stop:
+            for step in ...:
+                if stop.requested(): save; break
+
+    A second SIGINT, two seconds later or more, interrupts at once. SIGTERM never does: who sends it follows up with
+    SIGKILL if need be, and torchrun passes an interrupt on as both.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    PATIENCE_SECONDS = 2.0
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.received_at = 0.0
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        self.previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self.received_at = number, time.monotonic()
+            os.write(2, b"\nstopping after this step, saving first (Ctrl-C again stops at once)\n")
+        elif number == signal.SIGINT and time.monotonic() - self.received_at > self.PATIENCE_SECONDS:
+            raise KeyboardInterrupt
+
+    def requested(self) -> bool:
+        """Whether any rank was told to stop. Every rank must call."""
+        return any_rank(self.received is not None)
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a process that a signal ended: 128 + its number."""
+        return 128 + (self.received or signal.SIGTERM)

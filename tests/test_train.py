@@ -1,0 +1,363 @@
+"""What the training loops share: sizes, schedules, one optimizer step, meters, metrics, stop signals."""
+
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+from conftest import build, random_tokens, randomized_model, tiny_config
+
+from nanochat import train
+from nanochat.common import UserError
+from nanochat.gpt import GPT
+from nanochat.train import (
+    MetricsLog,
+    StopSignal,
+    TrainMeter,
+    accumulate_gradients,
+    evaluation_steps,
+    gradient_accumulation_steps,
+    is_due,
+    lr_multiplier,
+    muon_momentum,
+    step_optimizers,
+)
+
+CPU = torch.device("cpu")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+def test_accumulation_makes_up_the_total_batch():
+    assert gradient_accumulation_steps(524_288, 32, 2048, world_size=8, data_lanes=8) == 1
+    assert gradient_accumulation_steps(524_288, 32, 2048, world_size=1, data_lanes=8) == 8
+    assert gradient_accumulation_steps(24 * 16, 3, 16, world_size=2, data_lanes=8) == 4
+
+
+WRONG_SIZES = [
+    {"total_batch_size": total, "device_batch_size": batch, "world_size": world_size, "data_lanes": lanes}
+    for total, batch, (world_size, lanes) in itertools.product(
+        (1, 100, 256, 320, 512, 1000, 3200), (1, 3, 5, 8, 48), ((1, 8), (1, 3), (2, 8), (3, 6), (4, 8), (4, 3))
+    )
+]
+
+
+def test_every_setting_that_an_error_names_works():
+    """Each suggestion, fed back in on its own, gives whole micro-batches and equally many rows from each lane."""
+    num_errors, names = 0, set()
+    for sizes in WRONG_SIZES:
+        try:
+            gradient_accumulation_steps(sequence_len=32, **sizes)
+            continue
+        except UserError as error:
+            message = str(error)
+        num_errors += 1
+        suggestions = re.findall(r"--(\w+)=(\d+)", message.partition("; try ")[2])
+        assert suggestions, message
+        for name, value in suggestions:
+            names.add(name)
+            mended = {**sizes, name: int(value)}
+            steps = gradient_accumulation_steps(sequence_len=32, **mended)
+            rows = mended["total_batch_size"] // 32
+            assert steps * mended["device_batch_size"] * mended["world_size"] == rows
+            assert rows % mended["data_lanes"] == 0
+    assert num_errors > 100 and names == {"total_batch_size", "device_batch_size", "data_lanes"}
+
+
+def test_the_nearest_sizes_are_named():
+    with pytest.raises(UserError) as error:
+        gradient_accumulation_steps(1000, 8, 32, world_size=1, data_lanes=8)
+    assert "--total_batch_size=768 or --total_batch_size=1024" in str(error.value)
+    with pytest.raises(UserError) as error:
+        gradient_accumulation_steps(512, 12, 32, world_size=1, data_lanes=8)
+    assert "--device_batch_size=8" in str(error.value)
+    with pytest.raises(UserError) as error:
+        gradient_accumulation_steps(12 * 32, 3, 32, world_size=2, data_lanes=8)
+    assert "--data_lanes=6" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["total_batch_size", "device_batch_size", "max_seq_len", "data_lanes"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_size_below_one_is_named(name, value):
+    sizes = {"total_batch_size": 512, "device_batch_size": 8, "max_seq_len": 32, "data_lanes": 8, name: value}
+    with pytest.raises(UserError, match=f"--{name}={value}"):
+        gradient_accumulation_steps(
+            sizes["total_batch_size"], sizes["device_batch_size"], sizes["max_seq_len"], 1, sizes["data_lanes"]
+        )
+
+
+def test_evaluation_takes_about_the_wanted_tokens_and_at_least_one_batch():
+    assert evaluation_steps(20 * 524_288, 32, 2048, world_size=8) == 20
+    assert evaluation_steps(1, 32, 2048, world_size=8) == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "every", "due"),
+    [(0, 5, True), (4, 5, False), (10, 5, True), (0, -1, False), (10, -1, False), (3, 0, False)],
+)
+def test_minus_one_is_never(step, every, due):
+    assert is_due(step, every) is due
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules
+
+
+def test_the_default_rate_is_constant_and_then_falls_to_nothing():
+    points = {0.0: 1.0, 0.5: 1.0, 0.8: 1.0, 0.9: 0.5, 0.95: 0.25, 1.0: 0.0}
+    assert {p: round(lr_multiplier(p), 9) for p in points} == points
+
+
+def test_the_rate_rises_in_the_warm_up_and_ends_at_its_final_share():
+    values = [
+        lr_multiplier(p, warmup_ratio=0.2, warmdown_ratio=0.5, final_lr_frac=0.1) for p in (0.1, 0.2, 0.5, 0.75, 1.0)
+    ]
+    assert values == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1])
+
+
+def test_linear_to_zero_is_a_warm_down_over_everything():
+    assert [lr_multiplier(p, warmdown_ratio=1.0) for p in (0.0, 0.25, 1.0)] == pytest.approx([1.0, 0.75, 0.0])
+
+
+@pytest.mark.parametrize("ratios", list(itertools.product((0.0, 0.3, 1.0), (0.0, 0.2, 1.0), (0.0, 0.1, 1.0))))
+def test_the_rate_is_never_outside_0_to_1(ratios):
+    values = [lr_multiplier(p / 50, *ratios) for p in range(-5, 61)]  # progress before 0 and after 1 included
+    assert min(values) >= 0 and max(values) <= 1
+
+
+def test_momentum_warms_up_over_300_steps():
+    assert [muon_momentum(step) for step in (0, 150, 300, 10_000)] == pytest.approx([0.85, 0.90, 0.95, 0.95])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One optimizer step
+
+
+def gradients(model: GPT) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def test_how_rows_are_dealt_out_to_micro_batches_changes_nothing():
+    """The rows have different numbers of targets: a mean of the micro-batches' means would be another number."""
+    model = randomized_model()
+    ids = random_tokens(model.config, 4, 13)
+    inputs, targets = ids[:, :-1], ids[:, 1:].clone()
+    targets[0, 2:] = -1
+    targets[2, :5] = -1
+    num_targets = int((targets >= 0).sum())
+    results = []
+    for rows in (4, 2, 1):
+        model.zero_grad()
+        loss = accumulate_gradients(model, zip(inputs.split(rows), targets.split(rows), strict=True), num_targets, CPU)
+        results.append((loss, gradients(model)))
+    model.zero_grad()
+    expected = model(inputs, targets)
+    expected.backward()
+    for loss, grads in results:
+        assert loss == pytest.approx(expected.item(), rel=1e-6)
+        torch.testing.assert_close(grads, gradients(model), atol=1e-6, rtol=1e-4)
+
+
+def prepared(grad_scale: float = 1.0) -> tuple[GPT, list]:
+    """A model with gradients of a random loss, and its optimizers."""
+    model = randomized_model()
+    ids = random_tokens(model.config, 2, 9)
+    (grad_scale * model(ids[:, :-1], ids[:, 1:])).backward()
+    return model, model.setup_optimizers()
+
+
+def test_the_norm_is_the_global_one_of_all_gradients():
+    model, optimizers = prepared()
+    expected = torch.cat([g.flatten() for g in gradients(model)]).norm().item()
+    assert step_optimizers(optimizers, 1.0, 0.95) == pytest.approx(expected, rel=1e-5)
+
+
+def test_clipping_scales_all_gradients_by_the_global_norm():
+    """The moments after one step show which gradients the optimizers got."""
+    model, optimizers = prepared(grad_scale=10.0)
+    reference, reference_optimizers = prepared(grad_scale=10.0)
+    norm = step_optimizers(optimizers, 1.0, 0.95, grad_clip=0.5)
+    assert norm > 1
+    torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+    step_optimizers(reference_optimizers, 1.0, 0.95)
+    for ours, theirs in zip(optimizers, reference_optimizers, strict=True):
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 1e9])
+def test_small_gradients_and_a_clip_of_0_are_left_alone(grad_clip):
+    (model, optimizers), (reference, reference_optimizers) = prepared(), prepared()
+    step_optimizers(optimizers, 1.0, 0.95, grad_clip=grad_clip)
+    for optimizer in reference_optimizers:
+        optimizer.reduce()
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), reference.parameters(), strict=True))
+
+
+def test_the_multiplier_and_the_momentum_reach_the_groups_and_gradients_are_cleared():
+    model, optimizers = prepared()
+    before = [p.detach().clone() for p in model.parameters()]
+    step_optimizers(optimizers, 0.0, 0.9)
+    adamw, muon = optimizers
+    assert all(group["lr"] == 0 and group["initial_lr"] > 0 for o in optimizers for group in o.param_groups)
+    assert all(group["momentum"] == 0.9 for group in muon.param_groups)
+    assert all("momentum" not in group for group in adamw.param_groups)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))  # a rate of 0 moves nothing
+
+
+def test_training_learns_a_sequence_by_heart():
+    torch.manual_seed(0)
+    model = build(tiny_config())
+    optimizers = model.setup_optimizers()
+    ids = random_tokens(model.config, 2, 17)
+    losses = []
+    for step in range(20):
+        losses.append(accumulate_gradients(model, [(ids[:, :-1], ids[:, 1:])], 32, CPU))
+        step_optimizers(optimizers, 1.0, muon_momentum(step), grad_clip=1.0)
+    assert losses[0] == pytest.approx(math.log(257), rel=1e-5) and losses[-1] < 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Meter
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test moves: clock[0] is the time in seconds."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def run_steps(meter: TrainMeter, clock: list[float], losses: list[float], seconds: float) -> None:
+    for loss in losses:
+        meter.start_step()
+        clock[0] += seconds
+        meter.end_step(loss)
+
+
+def test_a_constant_loss_reads_as_itself_from_the_first_line_on(clock):
+    meter = TrainMeter(100, 1.0, CPU)
+    assert math.isnan(meter.loss)
+    for _ in range(30):
+        run_steps(meter, clock, [3.25], 1.0)
+        assert meter.loss == pytest.approx(3.25, rel=1e-12)
+
+
+def test_the_average_weighs_recent_losses_most(clock):
+    meter = TrainMeter(100, 1.0, CPU)
+    run_steps(meter, clock, [4.0, 2.0], 1.0)
+    assert meter.loss == pytest.approx((0.9 * 4 + 2) / 1.9)
+
+
+def test_time_is_counted_from_step_11_on(clock):
+    meter = TrainMeter(100, 1.0, CPU)
+    run_steps(meter, clock, [1.0] * 10, 60.0)
+    assert meter.timed_seconds == 0 and meter.eta_seconds(5) is None
+    run_steps(meter, clock, [1.0] * 4, 2.0)
+    assert (meter.timed_steps, meter.timed_seconds) == (4, 8.0)
+    assert meter.eta_seconds(5) == 10.0
+    assert meter.tokens_per_second == 50.0  # whole steps, however many micro-batches they had
+
+
+def test_mfu_is_of_the_devices_own_peak_over_all_ranks(clock, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(train, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    meter = TrainMeter(tokens_per_step=1_000_000, flops_per_token=312e6, device=CPU)
+    run_steps(meter, clock, [1.0] * 10 + [1.0] * 2, 0.5)
+    assert meter.mfu() == meter.mfu(average=True) == pytest.approx(0.5)  # 312e12 FLOPs in half a second on four
+    assert "mfu 50.0%" in meter.line(12, 100)
+
+
+def test_mfu_is_not_printed_where_the_peak_is_unknown(clock):
+    meter = TrainMeter(100, 1e9, CPU)
+    run_steps(meter, clock, [2.0] * 12, 0.5)
+    assert meter.mfu() is None and meter.mfu(average=True) is None
+    assert meter.line(12, 100, lr=0.5) == "step  12/100 | loss 2.0000 | lr 0.5 | 500 ms | 200 tok/s | 44s left"
+
+
+def test_a_meter_goes_on_from_its_state_by_way_of_json(clock):
+    whole, first, second = (TrainMeter(100, 1.0, CPU) for _ in range(3))
+    losses = [5.0 - 0.1 * i for i in range(24)]
+    run_steps(whole, clock, losses, 0.25)
+    run_steps(first, clock, losses[:12], 0.25)
+    first.min_val_bpb = 1.5
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    run_steps(second, clock, losses[12:], 0.25)
+    assert second.state_dict() == {**whole.state_dict(), "min_val_bpb": 1.5}
+    assert second.loss == whole.loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def steps_of(folder) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_metrics_are_lines_of_json(tmp_path):
+    log = MetricsLog(tmp_path / "d2")
+    log.log(1, loss=2.5, grad_norm=0.5)
+    log.log(2, val_bpb=1.25)
+    lines = (tmp_path / "d2" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "loss": 2.5, "grad_norm": 0.5},
+        {"step": 2, "val_bpb": 1.25},
+    ]
+
+
+def test_a_resumed_run_drops_what_came_after_its_checkpoint_and_a_line_cut_short(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in range(1, 8):
+        log.log(step, loss=1.0)
+    with open(log.path, "a", encoding="utf-8") as f:
+        f.write('{"step": 3, "lo')
+    resumed = MetricsLog(tmp_path, from_step=4)
+    resumed.log(5, loss=0.5)
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_a_new_run_starts_an_empty_file(tmp_path):
+    MetricsLog(tmp_path).log(1, loss=1.0)
+    MetricsLog(tmp_path)
+    assert steps_of(tmp_path) == []
+
+
+def test_other_ranks_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    MetricsLog(tmp_path).log(1, loss=1.0)
+    assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_sets_a_flag_and_the_handlers_come_back(number):
+    before = {n: signal.getsignal(n) for n in StopSignal.SIGNALS}
+    with StopSignal() as stop:
+        assert not stop.requested()
+        os.kill(os.getpid(), number)
+        assert stop.requested() and stop.exit_code == 128 + number
+        os.kill(os.getpid(), number)  # at once again, as torchrun passes one on: still only the flag
+        assert stop.exit_code == 128 + number
+    assert {n: signal.getsignal(n) for n in StopSignal.SIGNALS} == before
+
+
+def test_a_second_interrupt_after_a_while_ends_at_once(monkeypatch):
+    monkeypatch.setattr(StopSignal, "PATIENCE_SECONDS", -1.0)
+    with pytest.raises(KeyboardInterrupt), StopSignal():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
