@@ -1,0 +1,294 @@
+"""Pretrain the base model.
+
+    python -m scripts.base_train --depth=4 --max_seq_len=512 --device_batch_size=8 --total_batch_size=8192
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20 --run=d20
+
+Reads tokenizer/, base_data/ and, for CORE, eval_bundle/; writes base_checkpoints/<model_tag>/ and report/base_train.md.
+A run that was interrupted or killed is taken up again by the same command.
+"""
+
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+
+from nanochat.checkpoint_manager import (
+    checkpoint_root,
+    clear_checkpoints,
+    find_resume_step,
+    load_checkpoint,
+    load_weights,
+    prune_checkpoints,
+    save_checkpoint,
+    update_meta,
+)
+from nanochat.common import (
+    UserError,
+    autocast,
+    compute_init,
+    format_seconds,
+    init_wandb,
+    peak_memory_bytes,
+    print0,
+    print_banner,
+    user_errors,
+)
+from nanochat.configurator import opt, parse
+from nanochat.core_eval import evaluate_model
+from nanochat.dataloader import DATA_LANES, gather_cursors, tokenizing_distributed_data_loader
+from nanochat.gpt import GPT, config_from_depth
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.report import get_report
+from nanochat.tokenizer import get_token_bytes, get_tokenizer
+from nanochat.train import (
+    MetricsLog,
+    StopSignal,
+    TrainMeter,
+    accumulate_gradients,
+    evaluation_steps,
+    gradient_accumulation_steps,
+    is_due,
+    lr_multiplier,
+    muon_momentum,
+    sample_completions,
+    step_optimizers,
+)
+
+
+@dataclass
+class Config:
+    run: str = opt("dummy", "name of the wandb run; 'dummy' logs nothing")
+    device_type: str = opt("", "cuda, mps or cpu; empty finds the best there is")
+    seed: int = opt(42, "seed of the weights")
+    # Model
+    depth: int = opt(20, "transformer blocks; the width is depth * aspect_ratio")
+    aspect_ratio: int = opt(64, "width per block")
+    head_dim: int = opt(128, "width of an attention head, or the nearest that divides the model's")
+    max_seq_len: int = opt(2048, "tokens a row")
+    # Horizon: the first of these that is set
+    num_iterations: int = opt(-1, "optimizer steps; -1 is not set")
+    target_flops: float = opt(-1.0, "train for so many FLOPs; -1 is not set")
+    target_param_data_ratio: float = opt(20.0, "train on so many tokens per parameter; -1 is not set")
+    # Optimization
+    device_batch_size: int = opt(32, "rows per rank and micro-batch")
+    total_batch_size: int = opt(524_288, "tokens per optimizer step, over all ranks")
+    embedding_lr: float = opt(0.2, "learning rate of wte (AdamW)")
+    unembedding_lr: float = opt(0.004, "learning rate of lm_head (AdamW)")
+    matrix_lr: float = opt(0.02, "learning rate of the matrices (Muon)")
+    weight_decay: float = opt(0.0, "weight decay of AdamW; 0 is off")
+    grad_clip: float = opt(1.0, "largest global gradient norm; 0 is off")
+    warmup_ratio: float = opt(0.0, "share of the steps in which the rates rise")
+    warmdown_ratio: float = opt(0.2, "share of the steps in which the rates fall")
+    final_lr_frac: float = opt(0.0, "where the rates end, as a share of where they began")
+    data_lanes: int = opt(DATA_LANES, "streams into which the data is dealt; a multiple of the processes")
+    tokenized_cache: bool = opt(True, "keep token ids in tokenized_data/ and read them from there")
+    compile: int = opt(-1, "torch.compile: 1 yes, 0 no, -1 on CUDA only")
+    # Evaluation
+    eval_every: int = opt(250, "steps between evaluations of val bits per byte; -1 is off")
+    eval_tokens: int = opt(20 * 524_288, "tokens of an evaluation")
+    core_metric_every: int = opt(2000, "steps between evaluations of CORE; -1 is off")
+    core_metric_max_per_task: int = opt(500, "examples a CORE task; -1 is all")
+    sample_every: int = opt(2000, "steps between samples; -1 is off")
+    # Output
+    model_tag: str = opt("", "name of the checkpoint folder; empty is d<depth>")
+    save_every: int = opt(-1, "steps between checkpoints; -1 saves at the end only")
+    save_keep: int = opt(2, "how many checkpoints to keep; -1 is all")
+    resume: str = opt("auto", "take up an unfinished run of these settings, or start anew", choices=("auto", "never"))
+
+
+def count_iterations(config: Config, num_params: int, flops_per_token: int) -> int:
+    """Optimizer steps from the first horizon that is set. Raises UserError where none is, or where it is too short."""
+    if config.num_iterations > 0:
+        return config.num_iterations
+    if config.target_flops > 0:
+        num_iterations = round(config.target_flops / (flops_per_token * config.total_batch_size))
+    elif config.target_param_data_ratio > 0:
+        num_iterations = int(config.target_param_data_ratio * num_params) // config.total_batch_size
+    else:
+        raise UserError("no horizon: set --num_iterations, --target_flops or --target_param_data_ratio above 0")
+    if num_iterations < 1:
+        raise UserError("the horizon is shorter than one step of --total_batch_size; set --num_iterations instead")
+    return num_iterations
+
+
+@user_errors
+def main(config: Config) -> dict[str, float]:
+    """Train, evaluate, save; return the final metrics."""
+    # -----------------------------------------------------------------------------------------------------------------
+    # Setup
+    print_banner()
+    runtime = compute_init(config.device_type, config.seed)
+    device, world_size = runtime.device, runtime.world_size
+    B, T = config.device_batch_size, config.max_seq_len
+    accumulation = gradient_accumulation_steps(config.total_batch_size, B, T, world_size, config.data_lanes)
+    eval_steps = evaluation_steps(config.eval_tokens, B, T, world_size)
+    tokenizer = get_tokenizer()
+    token_bytes = get_token_bytes(device)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Model
+    model_config = config_from_depth(
+        config.depth, tokenizer.get_vocab_size(), T, aspect_ratio=config.aspect_ratio, head_dim=config.head_dim
+    )
+    with torch.device("meta"):
+        model = GPT(model_config)
+    model.to_empty(device=device)
+    model.init_weights()
+    num_params, flops_per_token = model.num_params(), model.estimate_flops()
+    num_iterations = count_iterations(config, num_params, flops_per_token)
+    total_tokens = num_iterations * config.total_batch_size
+    print0(f"{model_config}: {num_params:,} parameters, {flops_per_token:.2e} FLOPs per token")
+    print0(
+        f"{num_iterations:,} steps of {config.total_batch_size:,} tokens ({world_size} processes x {accumulation} "
+        f"micro-batches x {B} rows x {T}), {total_tokens:,} in all, {total_tokens / num_params:.1f} per parameter"
+    )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Optimizer, and the state of a run that is taken up again
+    optimizers = model.setup_optimizers(
+        config.unembedding_lr, config.embedding_lr, config.matrix_lr, config.weight_decay
+    )
+    meter = TrainMeter(config.total_batch_size, flops_per_token, device)
+    checkpoint_dir = checkpoint_root("base") / (config.model_tag or f"d{config.depth}")
+    start_step = find_resume_step(checkpoint_dir, config, config.resume, tokenizer) or 0
+    cursors = None
+    if start_step:
+        model_data, optimizer_data, meta = load_checkpoint(checkpoint_dir, start_step, device, load_optimizer=True)
+        load_weights(model, model_data)
+        for optimizer, state in zip(optimizers, optimizer_data["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        torch.set_rng_state(optimizer_data["rng"])
+        meter.load_state_dict(meta["meter"])
+        cursors = {int(lane): cursor for lane, cursor in meta["cursors"].items()}
+        print0(f"resumed from step {start_step} of {checkpoint_dir}")
+    else:
+        clear_checkpoints(checkpoint_dir)
+    should_compile = device.type == "cuda" if config.compile < 0 else bool(config.compile)
+    train_model = torch.compile(model, dynamic=False) if should_compile else model  # samples come from the plain one
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Data
+    def loader(split: str, cursors: dict | None = None):
+        return tokenizing_distributed_data_loader(
+            B, T, split, tokenizer, config.data_lanes, device, cursors, config.tokenized_cache
+        )
+
+    train_batches = loader("train", cursors)
+    loader("val")  # fails now, not at the first evaluation, where the validation shard does not serve
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Loop
+    wandb_run = init_wandb(config.run, "nanochat", asdict(config))
+    metrics = MetricsLog(checkpoint_dir, start_step)
+    results: dict[str, float] = {}
+    started = time.monotonic()
+
+    def save(step: int) -> None:
+        optimizer_data = {"optimizers": [o.state_dict() for o in optimizers], "rng": torch.get_rng_state()}
+        meta = {
+            "model_config": asdict(model_config),
+            "user_config": asdict(config),
+            "tokenizer_hash": tokenizer.hash,
+            "val_bpb": results.get("val_bpb"),
+            "meter": meter.state_dict(),
+            "cursors": gather_cursors(cursors) if cursors else None,
+            "world_size": world_size,
+        }
+        save_checkpoint(checkpoint_dir, step, model.state_dict(), optimizer_data, meta)
+        prune_checkpoints(checkpoint_dir, config.save_keep)
+
+    with StopSignal() as stop:
+        for step in range(start_step, num_iterations + 1):
+            is_last = step == num_iterations
+            is_stopped = stop.requested()
+
+            # Save first: whatever goes wrong in an evaluation then costs nothing
+            if step > start_step and (is_last or is_stopped or is_due(step, config.save_every)):
+                save(step)
+            if is_stopped and not is_last:
+                print0(f"stopped at step {step}; the same command goes on from the last checkpoint")
+                sys.exit(stop.exit_code)
+
+            # Evaluate
+            if config.eval_every > 0 and (is_last or is_due(step, config.eval_every)):
+                results["val_bpb"] = evaluate_bpb(train_model, loader("val"), eval_steps, token_bytes)
+                meter.min_val_bpb = min(meter.min_val_bpb, results["val_bpb"])
+                print0(f"step {step}: val bits per byte {results['val_bpb']:.4f}")
+                metrics.log(step, val_bpb=results["val_bpb"])
+                wandb_run.log({"step": step, "val/bpb": results["val_bpb"]})
+            if config.core_metric_every > 0 and step > 0 and (is_last or is_due(step, config.core_metric_every)):
+                with autocast(device):
+                    core = evaluate_model(model, tokenizer, device, config.core_metric_max_per_task)
+                results["core_metric"] = core["core_metric"]
+                print0(f"step {step}: CORE {core['core_metric']:.4f}")
+                metrics.log(step, core_metric=core["core_metric"])
+                wandb_run.log({"step": step, "core_metric": core["core_metric"]})
+            if config.sample_every > 0 and step > 0 and (is_last or is_due(step, config.sample_every)):
+                for sample in sample_completions(model, tokenizer):
+                    print0(f"  {sample}")
+            if is_last:
+                break
+
+            # One update
+            meter.start_step()
+            micro_batches = []
+            for _ in range(accumulation):
+                inputs, targets, cursors = next(train_batches)
+                micro_batches.append((inputs, targets))
+            loss = accumulate_gradients(train_model, micro_batches, config.total_batch_size, device)
+            multiplier = lr_multiplier(
+                step / num_iterations, config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac
+            )
+            grad_norm = step_optimizers(optimizers, multiplier, muon_momentum(step), config.grad_clip)
+            meter.end_step(loss)
+
+            # Log
+            speed = meter.tokens_per_second
+            print0(meter.line(step + 1, num_iterations, grad_norm=grad_norm, lr=multiplier))
+            metrics.log(step + 1, loss=loss, lr_multiplier=multiplier, tokens_per_second=speed, grad_norm=grad_norm)
+            if is_due(step, 100):
+                wandb_run.log(
+                    {"step": step, "train/loss": meter.loss, "train/lrm": multiplier, "train/tok_per_s": speed}
+                )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Finish
+    meter_state = {**meter.state_dict(), "loss": meter.loss}
+    update_meta(checkpoint_dir, num_iterations, **results, meter=meter.state_dict())
+    peak_memory = peak_memory_bytes(device)
+    print0(f"peak memory {peak_memory / 2**30:.2f} GiB, {format_seconds(time.monotonic() - started)} in this process")
+    get_report().log(
+        "base_train",
+        [
+            asdict(config),
+            {
+                "Parameters": num_params,
+                "FLOPs per token": f"{flops_per_token:.3e}",
+                "Iterations": num_iterations,
+                "Training tokens": total_tokens,
+                "Tokens : parameters": round(total_tokens / num_params, 2),
+                "Processes": world_size,
+            },
+            {
+                "Minimum val bits per byte": meter.min_val_bpb,
+                "Final val bits per byte": results.get("val_bpb"),
+                "Final train loss (average)": meter_state["loss"],
+                "CORE metric (estimate)": results.get("core_metric"),
+                "MFU": meter.mfu(average=True),
+                "Total FLOPs": f"{flops_per_token * total_tokens:.3e}",
+                "Tokens per second": round(
+                    meter.timed_steps * config.total_batch_size / max(meter.timed_seconds, 1e-9)
+                ),
+                "Training time (seconds)": round(meter.timed_seconds, 1),
+                "Peak memory (bytes)": peak_memory,
+                "metrics_path": str(metrics.path),
+            },
+        ],
+    )
+    wandb_run.finish()
+    return {"loss": meter.loss, **results}
+
+
+if __name__ == "__main__":
+    main(parse(Config))
