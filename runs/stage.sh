@@ -1,0 +1,132 @@
+# Stages that are skipped when they are done and taken up again when they were interrupted. The recipes source it after
+# setup.sh, under `set -euo pipefail`. It settles the base directory and moves to the checkout.
+#
+#   stage NAME "READS" "WRITES" COMMAND [ARGUMENT ...]
+#
+# READS are the small files by which one input differs from another, WRITES those by which a stage's results are known
+# to be there: patterns relative to the base directory, and of several matches the last one counts. A training stage
+# lists as READS only what earlier stages made, not what it fetches itself.
+#
+# A stage's identity is its command line and the content of what it reads. Before the command runs it is written to
+# stages/NAME.started, afterwards to stages/NAME.done.
+# - NAME.done tells the same identity and WRITES are there: the stage is skipped.
+# - Otherwise it runs. `--resume=auto` on its command line becomes `--resume=never`, which replaces what is there, when
+#   a record tells another identity; it stays when the stage was interrupted, or was never run by a recipe.
+#
+# FRESH=1 forgets the records: every stage runs again and replaces its own results. Downloads stay.
+
+NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR/#\~\//$HOME/}"
+STAGES="$NANOCHAT_BASE_DIR/stages"
+mkdir -p "$STAGES"
+STAGES="$(cd "$STAGES" && pwd)"
+export NANOCHAT_BASE_DIR="${STAGES%/stages}"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ "${FRESH:-0}" = 1 ]; then
+    for record in "$STAGES"/*.started "$STAGES"/*.done; do
+        [ ! -e "$record" ] || mv "$record" "${record%.*}.forgotten"
+    done
+fi
+
+# stage NAME "READS" "WRITES" COMMAND [ARGUMENT ...]; ends the script when the command fails
+stage() {
+    local name=$1 reads=$2 writes=$3 record="$STAGES/$1" identity resume code=0 began=$SECONDS word
+    shift 3
+    identity=$(describe_stage "$reads" "$@")
+    if is_same "$record.done" "$identity" && [ -n "$(newest "$writes")" ]; then
+        echo "== $name: skipped, $(head -n 1 "$record.done")"
+        return 0
+    fi
+
+    resume=$(choose_resume "$record" "$identity" "$writes")
+    if ! is_same "$record.started" "$identity"; then # an interrupted stage keeps the record of its first start
+        write_record "$record.started" "resume=$resume, started on $(date '+%Y-%m-%d %H:%M:%S')" "$identity"
+    fi
+    rm -f "$record.done" "$record.forgotten"
+    for word in "$@"; do
+        shift
+        [ "$word" != --resume=auto ] || word="--resume=$resume"
+        set -- "$@" "$word"
+    done
+
+    echo "== $name: $*"
+    "$@" || code=$?
+    if [ "$code" -ne 0 ]; then
+        echo "== $name: stopped with status $code; run the same command again to go on from here" >&2
+        exit "$code"
+    fi
+    case "$identity" in *"absent "*) identity=$(describe_stage "$reads" "$@") ;; esac # it fetched that itself
+    write_record "$record.done" "done on $(date '+%Y-%m-%d %H:%M:%S') in $((SECONDS - began)) s" "$identity"
+    rm -f "$record.started"
+}
+
+# Print auto or never, the way in which a training stage treats what an earlier run of it left
+choose_resume() { # RECORD IDENTITY WRITES
+    if is_same "$1.started" "$2"; then
+        # Started anew and stopped before it saved anything: what is there is still what it was to replace
+        case "$(head -n 1 "$1.started")" in
+        resume=never*) [ "$(newest "$3")" -nt "$1.started" ] || { echo never && return 0; } ;;
+        esac
+        echo auto
+    elif [ -e "$1.started" ] || [ -e "$1.done" ] || [ -e "$1.forgotten" ]; then
+        echo never
+    else
+        echo auto
+    fi
+}
+
+# Print what makes a stage the same stage: its command, without what changes no result, and the sha256 of each input
+describe_stage() { # READS COMMAND [ARGUMENT ...]
+    local reads=$1 word
+    shift
+    for word in "$@"; do
+        case "$word" in
+        --run=* | --resume=*) ;;
+        *) printf '%s ' "$word" ;;
+        esac
+    done
+    printf '\n'
+    python - "$NANOCHAT_BASE_DIR" "$reads" <<'EOF'
+import glob, hashlib, os, sys
+
+os.chdir(sys.argv[1])
+for pattern in sys.argv[2].split():
+    matches = sorted(glob.glob(pattern))
+    if matches:
+        with open(matches[-1], "rb") as f:
+            print(hashlib.sha256(f.read()).hexdigest(), matches[-1])
+    else:
+        print("absent", pattern)
+EOF
+}
+
+# Print the path of the last match of the last pattern; nothing if one of the patterns has no match
+newest() { # PATTERNS
+    python - "$NANOCHAT_BASE_DIR" "$1" <<'EOF'
+import glob, os, sys
+
+matches = [sorted(glob.glob(os.path.join(sys.argv[1], pattern))) for pattern in sys.argv[2].split()]
+if matches and all(matches):
+    print(matches[-1][-1])
+EOF
+}
+
+is_same() { # RECORD IDENTITY
+    [ -e "$1" ] && [ "$(tail -n +2 "$1")" = "$2" ]
+}
+
+write_record() { # RECORD FIRST-LINE IDENTITY
+    printf '%s\n%s\n' "$2" "$3" >"$1.tmp"
+    mv "$1.tmp" "$1"
+}
+
+# Run `python ARGUMENT ...` in one process a GPU; NUM_PROCESSES says how many there are
+on_all_gpus() { # -m MODULE -- [ARGUMENT ...]
+    if [ "${NUM_PROCESSES:-1}" -gt 1 ]; then
+        # so many processes with a pool of threads each would fight over the cores
+        OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node="$NUM_PROCESSES" "$@"
+    else
+        python "$@"
+    fi
+}
