@@ -200,7 +200,6 @@ RELATIONS = [
             "The capital of {e} is {a}.",
             "{A} is the capital of {e}.",
             "The capital city of {e} is {a}.",
-            "The capital of {e} is the city of {a}.",
             "{A} is the capital city of {e}.",
             "If you want to see the capital of {e}, you have to go to {a}.",
             "In {e}, the capital is called {a}.",

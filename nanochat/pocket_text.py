@@ -44,6 +44,12 @@ def draw_facts(rng: random.Random, count: int, is_mixed: bool) -> list[tuple[Rel
     return list(dict.fromkeys(pairs))
 
 
+def state(rng: random.Random, relation: Relation, entity: str) -> str:
+    """A fact in any of its phrasings, the plain one four times as often as each other."""
+    weights = [4] + [1] * (len(relation.statements) - 1)
+    return relation.fill(rng.choices(relation.statements, weights)[0], entity)
+
+
 def reply(rng: random.Random, relation: Relation, entity: str) -> str:
     """The answer to a question as a sentence: mostly the plain statement, else one of the two after it."""
     template = relation.statements[0] if rng.random() < 0.8 else rng.choice(relation.statements[1:3])
@@ -100,7 +106,7 @@ MIXED_INTROS = (
 def statements(rng: random.Random) -> str:
     """Facts, one sentence after another."""
     pairs = draw_facts(rng, rng.randint(4, 10), is_mixed=rng.random() < 0.3)
-    sentences = [r.fill(rng.choice(r.statements), e) for r, e in pairs]
+    sentences = [state(rng, r, e) for r, e in pairs]
     if rng.random() < 0.5:
         is_one_group = len({relation.group for relation, _ in pairs}) == 1
         intros = GROUP_INTROS[pairs[0][0].group] if is_one_group else MIXED_INTROS

@@ -15,9 +15,9 @@ WANDB_RUN=${WANDB_RUN:-dummy}
 VOCAB_SIZE=2048
 MODEL="--depth=4 --aspect_ratio=32 --head_dim=32 --max_seq_len=256"
 
-# Steps of 32 rows x 256 tokens = 8,192 tokens; 300 of them = 2.5M tokens, about three for each parameter
+# Steps of 32 rows x 256 tokens = 8,192 tokens; 360 of them = 2.9M tokens, nearly all of the text once
 BATCH="--device_batch_size=32 --total_batch_size=8192"
-NUM_ITERATIONS=300
+NUM_ITERATIONS=360
 EVAL_TOKENS=65536
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ ruff format --check .
 (
     cd rustbpe
     cargo fmt --check
-    cargo clippy --quiet --all-targets -- -D warnings
+    cargo clippy --quiet --all-targets --features python -- -D warnings
     cargo test --quiet
 )
 python -m pytest "$@"

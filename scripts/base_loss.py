@@ -6,7 +6,7 @@
 Reads base_checkpoints/ and base_data/; writes report/base_loss.md.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import compute_init, print0, user_errors
@@ -54,7 +54,7 @@ def main(config: Config) -> dict[str, float]:
     get_report().log(
         "base_loss",
         [
-            asdict(config),
+            config,
             {
                 "Model": f"{meta['model_tag']}, step {meta['step']}",
                 "Train bits per byte": bpb["train"],

@@ -261,7 +261,7 @@ def main(config: Config) -> dict[str, float]:
     get_report().log(
         "base_train",
         [
-            asdict(config),
+            config,
             {
                 "Parameters": num_params,
                 "FLOPs per token": f"{flops_per_token:.3e}",

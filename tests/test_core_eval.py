@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,10 @@ from nanochat.core_eval import (
     unpack_bundle,
 )
 from nanochat.gpt import GPT
+from nanochat.tokenizer import HuggingFaceTokenizer
+from scripts.base_eval import Config as BaseEvalConfig
+from scripts.base_eval import load_hf_model
+from scripts.base_eval import main as base_eval
 
 CPU = torch.device("cpu")
 WORDS = "red green blue black white pink grey brown gold silver".split()
@@ -425,3 +430,61 @@ def test_a_broken_bundle_is_named_with_file_and_line(
     with pytest.raises(UserError, match=message) as error:
         evaluate_model(randomized_model(), TextTokenizer(), CPU, max_per_task=1)
     assert "\n" not in str(error.value) or "core.yaml" in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scripts.base_eval
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-2 of 64 positions with random weights, and a tokenizer, as transformers saves them."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("hf")
+    tokenizer = HuggingFaceTokenizer.train_from_iterator([" ".join(WORDS)] * 9, vocab_size=280)
+    tokenizer.save(folder)
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 64, "initializer_range": 0.5}
+    config = transformers.GPT2Config(vocab_size=tokenizer.get_vocab_size(), bos_token_id=0, eos_token_id=0, **sizes)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_hf_model_gives_transformers_logits_and_its_limit(hf_folder: Path) -> None:
+    model, tokenizer = load_hf_model(str(hf_folder), CPU)
+    idx = torch.randint(tokenizer.get_vocab_size(), (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(model.logits(model.hidden(idx)), model.model(idx).logits)
+    assert model.max_prompt_tokens == 64
+
+
+def test_base_eval_of_an_hf_model_writes_table_and_report(
+    hf_folder: Path, base_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = write_bundle(base_dir)
+    long_item = {"query": " ".join(WORDS * 20), "choices": ["a", "b"], "gold": 0}  # more than 64 tokens
+    with open(bundle / "eval_data" / "multiple_choice.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(long_item) + "\n")
+    core = base_eval(BaseEvalConfig(device_type="cpu", hf_path=str(hf_folder)))
+    (path,) = (base_dir / "base_eval").glob("*.csv")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    label, accuracy, centered = lines[1].split(",")
+    assert lines[0] == "Task,Accuracy,Centered" and label == "multiple_choice" and len(lines) == 5
+    assert float(accuracy) == pytest.approx(core["results"][label], abs=1e-6)
+    assert float(centered) == pytest.approx(core["centered_results"][label], abs=1e-6)
+    assert lines[4] == f"CORE,,{core['core_metric']:.6f}" and f"{core['core_metric']:8.4f}" in capsys.readouterr().out
+    section = (base_dir / "report" / "base_eval.json").read_text(encoding="utf-8")
+    assert "CORE metric" in section and str(core["core_metric"]) in section
+
+
+def test_base_eval_without_transformers_or_model_says_so(
+    hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((hf_folder / "tokenizer.json").read_bytes())
+    with pytest.raises(SystemExit):
+        base_eval(BaseEvalConfig(device_type="cpu", hf_path=str(tmp_path)))
+    assert "transformers cannot load this model" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit):
+        base_eval(BaseEvalConfig(device_type="cpu", hf_path=str(hf_folder)))
+    assert "needs transformers: run `uv pip install transformers`" in capsys.readouterr().err

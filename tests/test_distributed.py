@@ -29,7 +29,15 @@ from nanochat.train import StopSignal, accumulate_gradients, step_optimizers
 
 SECONDS = 60
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["conftest", "nanochat.train", "nanochat.dataloader", "nanochat.checkpoint_manager"])
+PROCESSES.set_forkserver_preload(
+    [
+        "conftest",
+        "nanochat.train",
+        "nanochat.dataloader",
+        "nanochat.checkpoint_manager",
+        "torch.fx.experimental.symbolic_shapes",  # two seconds, which torch takes when a model leaves the meta device
+    ]
+)
 
 
 def run_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:

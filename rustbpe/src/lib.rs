@@ -31,7 +31,7 @@ use rustc_hash::FxHashMap;
 #[cfg(feature = "python")]
 mod py;
 
-/// The pattern used where none is given: GPT-4's, except that a line break ends a run of white space.
+/// The pattern used where none is given: GPT-4's.
 pub const DEFAULT_PATTERN: &str = concat!(
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}",
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"

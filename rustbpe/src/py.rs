@@ -58,14 +58,14 @@ impl Tokenizer {
     /// different pairs.
     ///
     /// buffer_size is the number of texts that are taken from the iterator at a time. pattern is the regular expression
-    /// that splits texts into pieces; None is GPT-4's with a line break ending a run of white space.
+    /// that splits texts into pieces; None is GPT-4's.
     ///
     /// progress, if given, is called as progress(phase, done, total) at most ten times a second and at the end of each
     /// phase: "count" in bytes of UTF-8 (total is None until the iterator ends), then "merge" in merges. An exception
     /// that it raises ends the training, as does one of the iterator.
     ///
-    /// Raises ValueError for a vocab_size below 256, a buffer_size below 1 or a pattern that does not compile or gives
-    /// up on a text, and TypeError for an item that is not a str.
+    /// Raises ValueError for a vocab_size below 256 or beyond 32 bits, a buffer_size below 1 or a pattern that does not
+    /// compile or gives up on a text, and TypeError for an item that is not a str.
     #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, *, progress=None))]
     fn train_from_iterator(
         &self,
@@ -78,7 +78,8 @@ impl Tokenizer {
     ) -> PyResult<()> {
         let vocab_size = u32::try_from(vocab_size).ok().filter(|&size| size >= NUM_BYTES).ok_or_else(|| {
             PyValueError::new_err(format!(
-                "vocab_size must be at least {NUM_BYTES}, one token a byte, not {vocab_size}"
+                "vocab_size must be from {NUM_BYTES}, one token a byte, to {}, not {vocab_size}",
+                u32::MAX
             ))
         })?;
         let buffer_size = usize::try_from(buffer_size)
