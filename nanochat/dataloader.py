@@ -114,6 +114,23 @@ class Lane:
             self.tokens = self.store.tokens(self.groups[self.group])
 
 
+def shard_identities(split: str) -> list[str]:
+    """'name:fingerprint' of each shard of a split, in order: what a checkpoint's cursors are positions in."""
+    return [f"{path.name}:{shard_fingerprint(path)}" for path in split_files(split)]
+
+
+def check_shards(saved: list[str], current: list[str]) -> None:
+    """Raise UserError unless the shards that a run began with are there, unchanged and first; more may have come."""
+    if current[: len(saved)] != saved:
+        changed = next(
+            (s for s, c in zip(saved, current, strict=False) if s != c), saved[min(len(saved) - 1, len(current))]
+        )
+        raise UserError(
+            f"the data has changed since the run began ({changed.split(':')[0]} is not what it was): put it back, or "
+            "start anew with --resume=never"
+        )
+
+
 def check_lanes(num_groups: int, data_lanes: int, world_size: int, split: str) -> None:
     """Raise UserError unless the lanes can be shared out over the ranks and each lane gets a row group."""
     if data_lanes < 1 or data_lanes % world_size:

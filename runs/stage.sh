@@ -4,8 +4,8 @@
 #   stage NAME "READS" "WRITES" COMMAND [ARGUMENT ...]
 #
 # READS are the small files by which one input differs from another, WRITES those by which a stage's results are known
-# to be there: patterns relative to the base directory, and of several matches the last one counts. A training stage
-# lists as READS only what earlier stages made, not what it fetches itself.
+# to be there (at least one): patterns relative to the base directory, and of several matches the last one counts. A
+# training stage lists as READS only what earlier stages made, not what it fetches itself.
 #
 # A stage's identity is its command line and the content of what it reads. Before the command runs it is written to
 # stages/NAME.started, afterwards to stages/NAME.done.

@@ -10,7 +10,7 @@ and report/base_eval.md.
 
 import csv
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +120,11 @@ def main(config: Config) -> dict[str, Any]:
         write_csv(path, core)
     print_table(core)
     print0(f"written to {path}")
-    centered = {f"{task} (centered)": value for task, value in core["centered_results"].items()}
-    get_report().log("base_eval", [asdict(config), {"Model": name, "CORE metric": core["core_metric"], **centered}])
+    tasks = [[task, accuracy, core["centered_results"][task]] for task, accuracy in core["results"].items()]
+    get_report().log(
+        "base_eval",
+        [config, {"Model": name, "CORE metric": core["core_metric"]}, [["Task", "Accuracy", "Centered"], *tasks]],
+    )
     return core
 
 

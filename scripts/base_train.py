@@ -36,7 +36,13 @@ from nanochat.common import (
 )
 from nanochat.configurator import opt, parse
 from nanochat.core_eval import evaluate_model
-from nanochat.dataloader import DATA_LANES, gather_cursors, tokenizing_distributed_data_loader
+from nanochat.dataloader import (
+    DATA_LANES,
+    check_shards,
+    gather_cursors,
+    shard_identities,
+    tokenizing_distributed_data_loader,
+)
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report
@@ -151,6 +157,7 @@ def main(config: Config) -> dict[str, float]:
     )
     meter = TrainMeter(config.total_batch_size, flops_per_token, device)
     checkpoint_dir = checkpoint_root("base") / (config.model_tag or f"d{config.depth}")
+    shards = shard_identities("train")
     start_step = find_resume_step(checkpoint_dir, config, config.resume, tokenizer) or 0
     cursors = None
     if start_step:
@@ -160,6 +167,7 @@ def main(config: Config) -> dict[str, float]:
             optimizer.load_state_dict(state)
         torch.set_rng_state(optimizer_data["rng"])
         meter.load_state_dict(meta["meter"])
+        check_shards(meta["shards"], shards)
         cursors = {int(lane): cursor for lane, cursor in meta["cursors"].items()}
         print0(f"resumed from step {start_step} of {checkpoint_dir}")
     else:
@@ -192,7 +200,8 @@ def main(config: Config) -> dict[str, float]:
             "tokenizer_hash": tokenizer.hash,
             "val_bpb": results.get("val_bpb"),
             "meter": meter.state_dict(),
-            "cursors": gather_cursors(cursors) if cursors else None,
+            "shards": shards,
+            "cursors": gather_cursors(cursors),
             "world_size": world_size,
         }
         save_checkpoint(checkpoint_dir, step, model.state_dict(), optimizer_data, meta)

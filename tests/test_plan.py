@@ -32,7 +32,7 @@ def test_smaller_gpus_take_fewer_rows():
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_largest_that_does():
-    with pytest.raises(UserError, match=r"depth 20 needs about [\d.]+ GiB .* DEPTH=(\d+) NUM_SHARDS=\d+ bash") as error:
+    with pytest.raises(UserError, match=r"depth 20 needs about [\d.]+ GiB .*`DEPTH=\d+ NUM_SHARDS=\d+ bash") as error:
         make_plan(Config(), 1, SMALL)
     depth = int(str(error.value).split("DEPTH=")[1].split()[0])
     assert make_plan(Config(depth=depth), 1, SMALL)[1] >= 1

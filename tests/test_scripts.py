@@ -189,6 +189,16 @@ def test_other_settings_in_the_same_folder_are_refused(base_dir):
     assert steps == ["model_000003.pt"]  # the longer run's last step cannot be mistaken for this one's
 
 
+def test_other_data_is_refused_and_more_data_is_not(base_dir):
+    train(save_every=6)
+    data = base_dir / "base_data"
+    shutil.copy(data / "shard_00002.parquet", data / "shard_00003.parquet")  # the validation shard, one further
+    train(save_every=6)
+    pq.write_table(pa.table({"text": ["something else"] * 32}), data / "shard_00001.parquet", row_group_size=8)
+    with pytest.raises(UserError, match="shard_00001.parquet"):
+        train(save_every=6)
+
+
 def test_another_tokenizer_is_refused(base_dir):
     train()
     tok_train.main.__wrapped__(tok_train.Config(vocab_size=290))

@@ -27,7 +27,7 @@ tokenize() {{
 }}
 stage tok "" "tok.json" tokenize --vocab_size=${{VOCAB:-300}}
 stage train "tok.json" "ckpt/meta_*.json" train --depth=${{DEPTH:-4}} --run=${{RUN:-dummy}} --resume=auto
-stage eval "ckpt/meta_*.json ${{FETCHED:-}}" "" sh -c 'echo eval >>"$LOG"; echo x >"$NANOCHAT_BASE_DIR/fetched"'
+stage eval "ckpt/meta_*.json ${{FETCHED:-}}" "fetched" sh -c 'echo eval >>"$LOG"; echo x >"$NANOCHAT_BASE_DIR/fetched"'
 """
 
 
@@ -43,7 +43,7 @@ class Recipe:
         """What ran, in order; code is the exit status that is expected."""
         self.log.write_text("", encoding="utf-8")
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        env = {"PATH": path, "NANOCHAT_BASE_DIR": str(self.base), "LOG": str(self.log), **settings}
+        env = {"PATH": path, "HOME": "/", "NANOCHAT_BASE_DIR": str(self.base), "LOG": str(self.log), **settings}
         done = subprocess.run(["bash", self.script], env=env, capture_output=True, encoding="utf-8", timeout=60)
         assert done.returncode == code, done.stderr
         self.out, self.err = done.stdout, done.stderr
@@ -153,6 +153,7 @@ def test_stages_run_in_one_process_a_gpu(tmp_path, processes):
     env = {
         "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "NANOCHAT_BASE_DIR": str(tmp_path / "base"),
+        "HOME": "/",
         "NUM_PROCESSES": processes,
     }
     out = subprocess.run(["bash", "-c", script], env=env, capture_output=True, encoding="utf-8", check=True).stdout
