@@ -17,9 +17,9 @@ source {stage_sh}
 train() {{
     echo "train $*" >>"$LOG"
     mkdir -p "$NANOCHAT_BASE_DIR/ckpt"
-    [ "${{KILL:-}}" != early ] || exit 137
+    [ "${{KILL:-}}" != early ] || return 137
     echo "$RANDOM $RANDOM" >"$NANOCHAT_BASE_DIR/ckpt/meta_000100.json"
-    [ "${{KILL:-}}" != late ] || exit 137
+    [ "${{KILL:-}}" != late ] || return 137
 }}
 tokenize() {{
     echo "tokenize $*" >>"$LOG"
