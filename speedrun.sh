@@ -34,7 +34,7 @@ DEPTH=${DEPTH:-20}
 # more micro-batches make an optimizer step. Where the model does not fit at all it stops, before any download.
 PLAN=$(python -m nanochat.plan --depth="$DEPTH")
 read -r NUM_PROCESSES DEVICE_BATCH_SIZE <<<"$PLAN"
-echo "depth $DEPTH on $DEVICE: $NUM_PROCESSES processes, $DEVICE_BATCH_SIZE rows each; results in $NANOCHAT_BASE_DIR"
+echo "depth $DEPTH on $DEVICE: $NUM_PROCESSES process(es), $DEVICE_BATCH_SIZE rows each; results in $NANOCHAT_BASE_DIR"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The report starts with the time, the machine and the code

@@ -34,8 +34,12 @@ STAGE_COMMANDS = {
     "sft": "python -m scripts.chat_sft",
     "rl": "python -m scripts.chat_rl",
 }
-# Settings that may change between the parts of one run: they say what is measured and kept, not what is trained.
-FREE_SETTINGS = ("run", "resume", "tokenized_cache", "eval_", "sample_", "save_", "core_metric_")
+# Settings that may change between the parts of one run, by the beginning of their names: they say where and in which
+# portions it is computed, what is measured and what is kept, not what is trained. runs/stage.sh has the same list.
+FREE_SETTINGS = (
+    *("run", "resume", "device_type", "device_batch_size", "compile", "tokenized_cache"),
+    *("eval_", "sample_", "save_", "core_metric_"),
+)
 
 
 def checkpoint_root(source: str) -> Path:
@@ -142,7 +146,7 @@ def _damage(folder: Path, step: int) -> str | None:
     try:
         with open(_meta_path(folder, step), encoding="utf-8") as f:
             sizes = json.load(f).get("files", {})
-    except ValueError:
+    except (ValueError, OSError):
         return "its metadata cannot be read"
     for name, size in sizes.items():
         found = (folder / name).stat().st_size if (folder / name).exists() else 0
@@ -235,6 +239,9 @@ def load_model(
     root = checkpoint_root(source)
     try:
         tag = model_tag or find_largest_model(root)
+        if not (root / tag).is_dir():
+            tags = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+            raise UserError(f"no model {tag!r} in {root}" + (f" (there is {', '.join(tags)})" if tags else ""))
         step = find_last_step(root / tag) if step is None or step < 0 else step
     except UserError as error:
         raise UserError(f"{error}: run {STAGE_COMMANDS[source]} first") from None
@@ -282,9 +289,13 @@ def find_resume_step(checkpoint_dir: str | Path, config: Any, resume: str, token
 
 
 def clear_checkpoints(checkpoint_dir: str | Path) -> None:
-    """Remove a former run's checkpoints, lest its last step be taken for the new run's. Every rank must call."""
+    """Remove a former run's checkpoints, lest its last step be taken for the new run's. Every rank must call.
+
+    What a kill in the middle of a save left behind goes, too.
+    """
+    barrier()  # until all ranks have looked for a checkpoint to resume from
     if get_dist_info()[1] == 0 and Path(checkpoint_dir).is_dir():
         for path in Path(checkpoint_dir).iterdir():
-            if re.fullmatch(r"(model|optim|meta)_\d+\.(pt|json)", path.name):
+            if re.fullmatch(r"(model|optim|meta)_\d+\.(pt|json)|\.(model|optim|meta)_.*\.tmp", path.name):
                 path.unlink()
     barrier()

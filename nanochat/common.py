@@ -27,6 +27,7 @@ from filelock import FileLock
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
+    "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -40,25 +41,28 @@ class UserError(ValueError):
 
 
 def user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a script's main: UserError and OSError end the program with one line instead of a traceback.
+    """Decorate a script's main: what the user can mend ends the program with one line instead of a traceback.
 
-    Whatever happens, a process group that was started is taken down.
+    That is UserError, OSError and a GPU that is out of memory. NANOCHAT_TRACEBACK=1 shows the traceback all the same.
+    A process group is taken down only where all ranks end: after an error the others still wait for this one, and it
+    is the launcher that ends them.
     """
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            return main(*args, **kwargs)
-        except (UserError, OSError) as error:
+            result = main(*args, **kwargs)
+            compute_cleanup()
+            return result
+        except (UserError, OSError, torch.OutOfMemoryError) as error:
             if os.environ.get("NANOCHAT_TRACEBACK"):
                 raise
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            hint = "; try half the --device_batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
+            print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr, flush=True)
             raise SystemExit(1) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             raise SystemExit(130) from None
-        finally:
-            compute_cleanup()
 
     return wrapped
 
@@ -112,6 +116,8 @@ def compute_init(device_type: str = "", seed: int = 42) -> Runtime:
     ddp, rank, local_rank, world_size = get_dist_info()
     torch.manual_seed(seed)
     if device_type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"there are {torch.cuda.device_count()} GPUs: start at most as many processes")
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -237,6 +243,8 @@ def device_name(device: torch.device | str) -> str:
 
 def peak_flops(name: str) -> float | None:
     """Dense bf16 peak in FLOP/s of a device by its name; None where it is not known."""
+    if "Laptop" in name:  # slower than the cards whose names they borrow
+        return None
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 

@@ -77,6 +77,8 @@ def cross_entropy_sum(
     x (N, C) states; weight (V, C) of the output layer; targets (N,) int64, IGNORE_INDEX for no loss; dtype of the
     matrix products. Returns a float32 scalar in nats. Memory beyond the inputs: one chunk of logits and the gradients.
     """
+    if not torch.is_grad_enabled():
+        return cross_entropy_each(x, weight, targets, cap, dtype).sum()
     return _SoftcappedCrossEntropySum.apply(x, weight, targets, cap, dtype)
 
 

@@ -18,6 +18,7 @@ across <|bos|>, as is usual in pretraining).
 
 import contextlib
 import queue
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,9 +66,13 @@ class TokenStore:
         with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # a damaged file is encoded anew
             return np.load(path, mmap_mode="r")
         ids, offsets = self._encode(group)
-        for array, name in ((offsets, f"{stem}.offsets.npy"), (ids, path)):
-            with atomic_write(name, "wb") as f:
-                np.save(f, array)
+        try:
+            for array, name in ((offsets, f"{stem}.offsets.npy"), (ids, path)):
+                with atomic_write(name, "wb") as f:
+                    np.save(f, array)
+        except OSError as error:  # a full disk must not end a run that can do without the cache
+            print(f"warning: token ids are no longer kept in {self.folder}: {error}", file=sys.stderr, flush=True)
+            self.folder = None
         return ids
 
     def _encode(self, group: RowGroup) -> tuple[np.ndarray, np.ndarray]:

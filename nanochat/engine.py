@@ -98,8 +98,7 @@ class KVCache:
         shape = (self.num_layers, 2, self.batch_size, self.num_kv_heads, self.seq_len, self.head_dim)
         self._store = torch.empty(shape, dtype=self.dtype or like.dtype, device=self.device or like.device)
         if old is not None:
-            # up to the old size, not to pos: in the middle of a forward pass earlier layers are ahead of pos
-            self._store[:, :, :, :, : old.size(4)] = old
+            self._store[:, :, :, :, : self.pos] = old[:, :, :, :, : self.pos]
 
 
 def sample_next_token(

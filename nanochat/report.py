@@ -17,6 +17,7 @@ base_train.json, its twin, for `generate`. No Markdown is ever parsed. A section
 What it does not do: it runs and evaluates nothing. A stage without a section is listed as missing.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -71,6 +72,10 @@ class Stage(NamedTuple):
 
     title: str
     command: str
+
+    def exists(self) -> bool:
+        """Whether this checkout has the stage's module."""
+        return importlib.util.find_spec(self.command.split()[2]) is not None
 
 
 STAGES = {  # section -> stage, in the order of the pipeline
@@ -233,12 +238,17 @@ class Report:
         values = {name: _values(content) for name, content in sections.items()}
         rows = summary_rows(values)
         parts = []
+        is_pocket = (_read_json(self.folder.parent / "base_data" / "source.json") or {}).get("source") == "pocket"
+        if is_pocket:
+            rows = [["CORE-like (pocket; 0 is chance)" if row[0] == "CORE" else row[0], *row[1:]] for row in rows]
         if rows:
             parts.append(_render_table([["Metric", *COLUMNS], *rows], blank=""))
-        source = _read_json(self.folder.parent / "base_data" / "source.json") or {}
-        if source.get("source") == "pocket":
+        if is_pocket:
             parts.append(POCKET_NOTE)
-        missing = [stage for name, stage in STAGES.items() if name not in sections]
+        samples = values.get("base_loss", {}).get("samples")
+        if samples:
+            parts.append(f"What the base model makes of the sample prompts:\n\n{_render_quotes(samples)}")
+        missing = [stage for name, stage in STAGES.items() if name not in sections and stage.exists()]
         if missing:
             lines = [f"- {stage.title}: `{stage.command}`" for stage in missing]
             parts.append("Stages without a section:\n\n" + "\n".join(lines))

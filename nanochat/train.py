@@ -74,9 +74,18 @@ def gradient_accumulation_steps(
     )
 
 
-def evaluation_steps(eval_tokens: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:
-    """How many batches each rank takes in an evaluation of about eval_tokens tokens; at least one."""
-    return max(1, eval_tokens // (device_batch_size * sequence_len * world_size))
+def evaluation_steps(
+    eval_tokens: int, device_batch_size: int, sequence_len: int, world_size: int, data_lanes: int
+) -> int:
+    """How many batches each rank takes in an evaluation of about eval_tokens tokens.
+
+    At least one, and as many as take equally many rows from each lane: so any number of processes sees the same rows.
+    """
+    if device_batch_size < 1:
+        raise UserError(f"--device_batch_size={device_batch_size} must be at least 1")
+    own_lanes = max(1, data_lanes // world_size)
+    whole = own_lanes // math.gcd(own_lanes, device_batch_size)  # batches until each lane was read equally often
+    return max(1, round(eval_tokens / (device_batch_size * sequence_len * world_size * whole))) * whole
 
 
 def is_due(step: int, every: int) -> bool:
@@ -142,6 +151,8 @@ def step_optimizers(optimizers: list[Any], multiplier: float, momentum: float, g
             if "momentum" in group:
                 group["momentum"] = momentum
     norm = all_reduce_sum(sum(optimizer.reduce() for optimizer in optimizers)).sqrt().item()
+    if not math.isfinite(norm):
+        raise UserError("the gradient is no longer finite: lower the learning rates, or go on from the last checkpoint")
     scale = min(1.0, grad_clip / (norm + 1e-6)) if grad_clip > 0 else 1.0
     for optimizer in optimizers:
         optimizer.step(scale)
@@ -159,7 +170,7 @@ class TrainMeter:
     """Loss average, speed and time of a training run; its state goes into the checkpoint.
 
     The loss is a debiased exponential moving average: a constant loss c reads c from the first update on. Time is
-    counted without the first UNTIMED_STEPS steps of the run.
+    counted without the first UNTIMED_STEPS steps of each process.
     """
 
     def __init__(self, tokens_per_step: int, flops_per_token: float, device: torch.device):
@@ -171,7 +182,8 @@ class TrainMeter:
         self.loss_average = 0.0  # biased towards 0
         self.timed_steps = 0
         self.timed_seconds = 0.0
-        self.min_val_bpb = float("inf")
+        self.steps_here = 0  # in this process: a resumed run compiles and warms up again
+        self.min_val_bpb: float | None = None
         self.last_seconds = 0.0
         self.started = 0.0
 
@@ -186,9 +198,14 @@ class TrainMeter:
         self.last_seconds = time.perf_counter() - self.started
         self.updates += 1
         self.loss_average = EMA_BETA * self.loss_average + (1 - EMA_BETA) * loss
-        if self.updates > UNTIMED_STEPS:
+        self.steps_here += 1
+        if self.steps_here > UNTIMED_STEPS:
             self.timed_steps += 1
             self.timed_seconds += self.last_seconds
+
+    def note_val_bpb(self, val_bpb: float) -> None:
+        """Keep the smallest validation bits per byte."""
+        self.min_val_bpb = val_bpb if self.min_val_bpb is None else min(self.min_val_bpb, val_bpb)
 
     @property
     def loss(self) -> float:
@@ -199,6 +216,11 @@ class TrainMeter:
     def tokens_per_second(self) -> float:
         """Of the last step, over all ranks."""
         return self.tokens_per_step / self.last_seconds if self.last_seconds else 0.0
+
+    @property
+    def average_tokens_per_second(self) -> float | None:
+        """Of all timed steps; None before anything was timed."""
+        return self.timed_steps * self.tokens_per_step / self.timed_seconds if self.timed_steps else None
 
     def mfu(self, average: bool = False) -> float | None:
         """Model FLOPs utilisation in [0, 1] of the last step or of all timed ones; None where the peak is unknown."""

@@ -35,7 +35,7 @@ def main(config: Config) -> dict[str, float]:
     runtime = compute_init(config.device_type)
     model, tokenizer, meta = load_model("base", runtime.device, "eval", config.model_tag, config.step)
     B, T = config.device_batch_size, model.config.sequence_len
-    steps = evaluation_steps(config.split_tokens, B, T, runtime.world_size)
+    steps = evaluation_steps(config.split_tokens, B, T, runtime.world_size, config.data_lanes)
     token_bytes = get_token_bytes(runtime.device)
 
     # Loss
@@ -56,10 +56,10 @@ def main(config: Config) -> dict[str, float]:
         [
             config,
             {
-                "Model": f"{meta['model_tag']}, step {meta['step']}",
-                "Train bits per byte": bpb["train"],
-                "Val bits per byte": bpb["val"],
-                "Samples": samples,
+                "model": f"{meta['model_tag']}, step {meta['step']}",
+                "train_bpb": bpb["train"],
+                "val_bpb": bpb["val"],
+                "samples": samples,
             },
         ],
     )

@@ -35,7 +35,7 @@ from nanochat.common import (
     user_errors,
 )
 from nanochat.configurator import opt, parse
-from nanochat.core_eval import evaluate_model
+from nanochat.core_eval import evaluate_model, find_bundle
 from nanochat.dataloader import (
     DATA_LANES,
     check_shards,
@@ -128,9 +128,13 @@ def main(config: Config) -> dict[str, float]:
     device, world_size = runtime.device, runtime.world_size
     B, T = config.device_batch_size, config.max_seq_len
     accumulation = gradient_accumulation_steps(config.total_batch_size, B, T, world_size, config.data_lanes)
-    eval_steps = evaluation_steps(config.eval_tokens, B, T, world_size)
+    eval_steps = evaluation_steps(config.eval_tokens, B, T, world_size, config.data_lanes)
+    if config.save_keep == 0:
+        raise UserError("--save_keep=0 would keep no checkpoint: 1 or more are wanted, or -1 for all")
     tokenizer = get_tokenizer()
     token_bytes = get_token_bytes(device)
+    if config.core_metric_every > 0:
+        find_bundle()  # what cannot be found should be missed now, not at the first evaluation
 
     # -----------------------------------------------------------------------------------------------------------------
     # Model
@@ -139,10 +143,10 @@ def main(config: Config) -> dict[str, float]:
     )
     with torch.device("meta"):
         model = GPT(model_config)
-    model.to_empty(device=device)
-    model.init_weights()
     num_params, flops_per_token = model.num_params(), model.estimate_flops()
     num_iterations = count_iterations(config, num_params, flops_per_token)
+    model.to_empty(device=device)
+    model.init_weights()
     total_tokens = num_iterations * config.total_batch_size
     print0(f"{model_config}: {num_params:,} parameters, {flops_per_token:.2e} FLOPs per token")
     print0(
@@ -161,7 +165,7 @@ def main(config: Config) -> dict[str, float]:
     start_step = find_resume_step(checkpoint_dir, config, config.resume, tokenizer) or 0
     cursors = None
     if start_step:
-        model_data, optimizer_data, meta = load_checkpoint(checkpoint_dir, start_step, device, load_optimizer=True)
+        model_data, optimizer_data, meta = load_checkpoint(checkpoint_dir, start_step, "cpu", load_optimizer=True)
         load_weights(model, model_data)
         for optimizer, state in zip(optimizers, optimizer_data["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -169,6 +173,7 @@ def main(config: Config) -> dict[str, float]:
         meter.load_state_dict(meta["meter"])
         check_shards(meta["shards"], shards)
         cursors = {int(lane): cursor for lane, cursor in meta["cursors"].items()}
+        del model_data, optimizer_data  # as large as the model and its optimizers
         print0(f"resumed from step {start_step} of {checkpoint_dir}")
     else:
         clear_checkpoints(checkpoint_dir)
@@ -183,13 +188,20 @@ def main(config: Config) -> dict[str, float]:
         )
 
     train_batches = loader("train", cursors)
-    loader("val")  # fails now, not at the first evaluation, where the validation shard does not serve
+    if config.eval_every > 0:
+        loader("val")  # a validation shard that does not serve should be missed now, not at the first evaluation
+
+    def micro_batches():
+        """One optimizer step's (inputs, targets); leaves the position in the data in cursors."""
+        nonlocal cursors
+        for _ in range(accumulation):
+            inputs, targets, cursors = next(train_batches)
+            yield inputs, targets
 
     # -----------------------------------------------------------------------------------------------------------------
     # Loop
     wandb_run = init_wandb(config.run, "nanochat", asdict(config))
     metrics = MetricsLog(checkpoint_dir, start_step)
-    results: dict[str, float] = {}
     started = time.monotonic()
 
     def save(step: int) -> None:
@@ -198,7 +210,7 @@ def main(config: Config) -> dict[str, float]:
             "model_config": asdict(model_config),
             "user_config": asdict(config),
             "tokenizer_hash": tokenizer.hash,
-            "val_bpb": results.get("val_bpb"),
+            "val_bpb": None,  # measured after the save, and added then
             "meter": meter.state_dict(),
             "shards": shards,
             "cursors": gather_cursors(cursors),
@@ -209,24 +221,30 @@ def main(config: Config) -> dict[str, float]:
 
     with StopSignal() as stop:
         for step in range(start_step, num_iterations + 1):
+            results: dict[str, float] = {}  # what is measured at this step
             is_last = step == num_iterations
             is_stopped = stop.requested()
 
+            measures_loss = config.eval_every > 0 and (is_last or is_due(step, config.eval_every))
+            measures_core = step > 0 and config.core_metric_every > 0
+            measures_core = measures_core and (is_last or is_due(step, config.core_metric_every))
+
             # Save first: whatever goes wrong in an evaluation then costs nothing
-            if step > start_step and (is_last or is_stopped or is_due(step, config.save_every)):
+            saves = is_last or is_stopped or measures_core or is_due(step, config.save_every)
+            if saves and step > start_step:
                 save(step)
             if is_stopped and not is_last:
                 print0(f"stopped at step {step}; the same command goes on from the last checkpoint")
                 sys.exit(stop.exit_code)
 
             # Evaluate
-            if config.eval_every > 0 and (is_last or is_due(step, config.eval_every)):
+            if measures_loss:
                 results["val_bpb"] = evaluate_bpb(train_model, loader("val"), eval_steps, token_bytes)
-                meter.min_val_bpb = min(meter.min_val_bpb, results["val_bpb"])
+                meter.note_val_bpb(results["val_bpb"])
                 print0(f"step {step}: val bits per byte {results['val_bpb']:.4f}")
                 metrics.log(step, val_bpb=results["val_bpb"])
                 wandb_run.log({"step": step, "val/bpb": results["val_bpb"]})
-            if config.core_metric_every > 0 and step > 0 and (is_last or is_due(step, config.core_metric_every)):
+            if measures_core:
                 with autocast(device):
                     core = evaluate_model(model, tokenizer, device, config.core_metric_max_per_task)
                 results["core_metric"] = core["core_metric"]
@@ -236,16 +254,14 @@ def main(config: Config) -> dict[str, float]:
             if config.sample_every > 0 and step > 0 and (is_last or is_due(step, config.sample_every)):
                 for sample in sample_completions(model, tokenizer):
                     print0(f"  {sample}")
+            if saves and step > 0:
+                update_meta(checkpoint_dir, step, **results, meter=meter.state_dict())
             if is_last:
                 break
 
             # One update
             meter.start_step()
-            micro_batches = []
-            for _ in range(accumulation):
-                inputs, targets, cursors = next(train_batches)
-                micro_batches.append((inputs, targets))
-            loss = accumulate_gradients(train_model, micro_batches, config.total_batch_size, device)
+            loss = accumulate_gradients(train_model, micro_batches(), config.total_batch_size, device)
             multiplier = lr_multiplier(
                 step / num_iterations, config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac
             )
@@ -256,15 +272,13 @@ def main(config: Config) -> dict[str, float]:
             speed = meter.tokens_per_second
             print0(meter.line(step + 1, num_iterations, grad_norm=grad_norm, lr=multiplier))
             metrics.log(step + 1, loss=loss, lr_multiplier=multiplier, tokens_per_second=speed, grad_norm=grad_norm)
-            if is_due(step, 100):
+            if is_due(step + 1, 100):
                 wandb_run.log(
-                    {"step": step, "train/loss": meter.loss, "train/lrm": multiplier, "train/tok_per_s": speed}
+                    {"step": step + 1, "train/loss": meter.loss, "train/lrm": multiplier, "train/tok_per_s": speed}
                 )
 
     # -----------------------------------------------------------------------------------------------------------------
     # Finish
-    meter_state = {**meter.state_dict(), "loss": meter.loss}
-    update_meta(checkpoint_dir, num_iterations, **results, meter=meter.state_dict())
     peak_memory = peak_memory_bytes(device)
     print0(f"peak memory {peak_memory / 2**30:.2f} GiB, {format_seconds(time.monotonic() - started)} in this process")
     get_report().log(
@@ -272,25 +286,25 @@ def main(config: Config) -> dict[str, float]:
         [
             config,
             {
-                "Parameters": num_params,
-                "FLOPs per token": f"{flops_per_token:.3e}",
-                "Iterations": num_iterations,
-                "Training tokens": total_tokens,
-                "Tokens : parameters": round(total_tokens / num_params, 2),
-                "Processes": world_size,
+                "parameters": num_params,
+                "flops_per_token": f"{flops_per_token:.3e}",
+                "iterations": num_iterations,
+                "training_tokens": total_tokens,
+                "tokens_per_parameter": round(total_tokens / num_params, 2),
+                "processes": world_size,
+                "schedule": f"warm-up {config.warmup_ratio:.0%}, warm-down {config.warmdown_ratio:.0%} of the steps, "
+                f"to {config.final_lr_frac:g} of the rates",
             },
             {
-                "Minimum val bits per byte": meter.min_val_bpb,
-                "Final val bits per byte": results.get("val_bpb"),
-                "Final train loss (average)": meter_state["loss"],
-                "CORE metric (estimate)": results.get("core_metric"),
-                "MFU": meter.mfu(average=True),
-                "Total FLOPs": f"{flops_per_token * total_tokens:.3e}",
-                "Tokens per second": round(
-                    meter.timed_steps * config.total_batch_size / max(meter.timed_seconds, 1e-9)
-                ),
-                "Training time (seconds)": round(meter.timed_seconds, 1),
-                "Peak memory (bytes)": peak_memory,
+                "min_val_bpb": meter.min_val_bpb,
+                "val_bpb": results.get("val_bpb"),
+                "train_loss": meter.loss,
+                "core_metric": results.get("core_metric"),
+                "mfu": meter.mfu(average=True),
+                "total_flops": f"{flops_per_token * total_tokens:.3e}",
+                "tokens_per_second": meter.average_tokens_per_second and round(meter.average_tokens_per_second),
+                "training_time_seconds": meter.timed_seconds,
+                "peak_memory_bytes": peak_memory,
                 "metrics_path": str(metrics.path),
             },
         ],

@@ -80,7 +80,7 @@ def make_data(task_type: str, num_examples: int = 24) -> list[dict[str, Any]]:
         if task_type == "schema":
             start = text(4)
             return {"context_options": [f"{start} {o}" for o in options], "continuation": text(4), "gold": gold}
-        return {"context": f" {text(8)} ", "continuation": text(1)[0]}
+        return {"context": f" {text(8)} ", "continuation": text(1)[: rng.randint(1, 2)]}
 
     return [make_item() for _ in range(num_examples)]
 

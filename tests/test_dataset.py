@@ -199,7 +199,12 @@ def test_a_disk_that_is_too_small_is_told_before_the_download(monkeypatch, capsy
 
 def command(server: MisbehavingServer) -> subprocess.Popen:
     words = [sys.executable, "-m", "nanochat.dataset", f"--source={server.url}/data", "--last_shard=5", "-w", "2"]
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def listen() -> None:  # a job in the background of a shell inherits that it does not hear Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, cwd=ROOT, preexec_fn=listen, **pipes)
 
 
 def test_two_processes_fetch_into_one_folder(shards):

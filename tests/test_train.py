@@ -93,8 +93,16 @@ def test_a_size_below_one_is_named(name, value):
 
 
 def test_evaluation_takes_about_the_wanted_tokens_and_at_least_one_batch():
-    assert evaluation_steps(20 * 524_288, 32, 2048, world_size=8) == 20
-    assert evaluation_steps(1, 32, 2048, world_size=8) == 1
+    assert evaluation_steps(20 * 524_288, 32, 2048, world_size=8, data_lanes=8) == 20
+    assert evaluation_steps(1, 32, 2048, world_size=8, data_lanes=8) == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 6, 32])
+@pytest.mark.parametrize("eval_tokens", [1, 500, 4096])
+def test_any_number_of_processes_evaluates_equally_many_rows_of_each_lane(batch_size, eval_tokens):
+    for world_size in (1, 2, 4, 8):
+        rows = evaluation_steps(eval_tokens, batch_size, 16, world_size, data_lanes=8) * batch_size
+        assert rows % (8 // world_size) == 0
 
 
 @pytest.mark.parametrize(
@@ -292,7 +300,9 @@ def test_a_meter_goes_on_from_its_state_by_way_of_json(clock):
     first.min_val_bpb = 1.5
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     run_steps(second, clock, losses[12:], 0.25)
-    assert second.state_dict() == {**whole.state_dict(), "min_val_bpb": 1.5}
+    # each process has its own untimed steps: 24 - 10 in one, 2 + 2 in two
+    timed = {"timed_steps": 4, "timed_seconds": 1.0}
+    assert second.state_dict() == {**whole.state_dict(), **timed, "min_val_bpb": 1.5}
     assert second.loss == whole.loss
 
 
