@@ -295,13 +295,19 @@ class DummyWandb:
 def init_wandb(run: str, project: str, config: dict[str, Any]) -> Any:
     """A wandb run of that name on rank 0; a DummyWandb for run 'dummy' and on the other ranks.
 
-    wandb is imported only where it is used: it is slow to import, and a dummy run must not touch anything.
+    wandb is imported only where it is used: it is slow to import, and a dummy run must not touch anything. Raises
+    UserError where it cannot start, for want of a login for instance.
     """
     if run == "dummy" or get_dist_info()[1] != 0:
         return DummyWandb()
     import wandb
 
-    return wandb.init(project=project, name=run, config=config)
+    try:
+        return wandb.init(project=project, name=run, config=config)
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"wandb cannot start ({error}): run `wandb login`, set WANDB_MODE=offline, or leave --run out"
+        ) from error
 
 
 def format_seconds(seconds: float) -> str:
