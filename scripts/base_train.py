@@ -141,6 +141,11 @@ def main(config: Config) -> dict[str, float]:
     model_config = config_from_depth(
         config.depth, tokenizer.get_vocab_size(), T, aspect_ratio=config.aspect_ratio, head_dim=config.head_dim
     )
+    wanted_heads = max(1, -(-model_config.n_embd // config.head_dim))
+    if model_config.n_head != wanted_heads:
+        print0(
+            f"{wanted_heads} heads do not divide the width {model_config.n_embd} evenly: {model_config.n_head} are used"
+        )
     with torch.device("meta"):
         model = GPT(model_config)
     num_params, flops_per_token = model.num_params(), model.estimate_flops()
