@@ -260,8 +260,8 @@ class TrainMeter:
 class MetricsLog:
     """metrics.jsonl beside a checkpoint: one JSON object a line with "step" and whatever was measured at it.
 
-    Rank 0 writes. Lines after the step at which a run starts or resumes are dropped; what is measured again at that very
-    step is there twice, and the later line counts.
+    Rank 0 writes. Lines after the step at which a run starts or resumes are dropped; what is measured again at that
+    very step is there twice, and the later line counts.
     """
 
     def __init__(self, checkpoint_dir: str | Path, from_step: int = 0):
