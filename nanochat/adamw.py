@@ -75,13 +75,10 @@ class AdamW:
     @torch.no_grad()
     def reduce(self) -> torch.Tensor:
         """Average the gradients over ranks; return the sum of squares of this rank's share, a float32 scalar."""
-        pending = [(p, *reduce_scatter_mean(self._padded(p.grad))) for p in self._params()]
+        pending = [(p, reduce_scatter_mean(self._padded(p.grad))) for p in self._params()]
         sum_of_squares = torch.zeros((), device=self._params()[0].device)
-        for p, share, work in pending:
-            if work is not None:
-                work.wait()
-                share.div_(self.world_size)
-            self.grads[p] = share.float()
+        for p, finish in pending:
+            self.grads[p] = finish().float()
             sum_of_squares += self.grads[p].square().sum()
         return sum_of_squares
 

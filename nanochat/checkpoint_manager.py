@@ -77,6 +77,8 @@ def save_checkpoint(
                     torch.save(data, f)
             sizes = {name: (folder / name).stat().st_size for name in files}
             write_meta(folder, step, {"step": step, "files": sizes, **meta_data})
+            for partial in folder.glob(".*.tmp"):  # what a kill in the middle of an earlier save left behind
+                partial.unlink()
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             raise UserError(f"cannot write checkpoint {step} to {folder}: {error} (is the disk full?)") from error
     barrier()
@@ -289,13 +291,10 @@ def find_resume_step(checkpoint_dir: str | Path, config: Any, resume: str, token
 
 
 def clear_checkpoints(checkpoint_dir: str | Path) -> None:
-    """Remove a former run's checkpoints, lest its last step be taken for the new run's. Every rank must call.
-
-    What a kill in the middle of a save left behind goes, too.
-    """
+    """Remove a former run's checkpoints, lest its last step be taken for the new run's. Every rank must call."""
     barrier()  # until all ranks have looked for a checkpoint to resume from
     if get_dist_info()[1] == 0 and Path(checkpoint_dir).is_dir():
         for path in Path(checkpoint_dir).iterdir():
-            if re.fullmatch(r"(model|optim|meta)_\d+\.(pt|json)|\.(model|optim|meta)_.*\.tmp", path.name):
+            if re.fullmatch(r"(model|optim|meta)_\d+\.(pt|json)", path.name):
                 path.unlink()
     barrier()

@@ -180,17 +180,23 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def reduce_scatter_mean(stacked: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Start averaging a tensor over ranks, each rank keeping its share; every rank must call.
+def reduce_scatter_mean(stacked: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start averaging a tensor over ranks, each rank keeping its share. Every rank must call.
 
-    stacked: contiguous, its first dimension a multiple of the world size. Returns (share, work): rank r's share is the
-    r-th part of the first dimension, valid as a sum after work.wait() and to be divided by the world size then; on
-    one process it is stacked itself and work is None.
+    stacked: contiguous, its first dimension a multiple of the world size. Returns a function that waits for the result
+    and returns this rank's share, the rank's part of the first dimension; on one process it is stacked itself.
     """
     if not is_distributed():
-        return stacked, None
-    share = torch.empty_like(stacked[: len(stacked) // dist.get_world_size()])
-    return share, dist.reduce_scatter_tensor(share, stacked, op=dist.ReduceOp.SUM, async_op=True)
+        return lambda: stacked
+    world_size = dist.get_world_size()
+    share = torch.empty_like(stacked[: len(stacked) // world_size])
+    work = dist.reduce_scatter_tensor(share, stacked, op=dist.ReduceOp.SUM, async_op=True)
+
+    def finish() -> torch.Tensor:
+        work.wait()
+        return share.div_(world_size)
+
+    return finish
 
 
 def all_gather_shares(share: torch.Tensor) -> torch.Tensor:

@@ -71,12 +71,9 @@ class Muon:
         """Average the gradients over ranks; return the sum of squares of this rank's share, a float32 scalar."""
         pending = [reduce_scatter_mean(self._stack(g, [p.grad for p in g["params"]])) for g in self.param_groups]
         sum_of_squares = torch.zeros((), device=self.param_groups[0]["momentum_buffer"].device)
-        for share, work in pending:
-            if work is not None:
-                work.wait()
-                share.div_(self.world_size)
-            self.grads.append(share)
-            sum_of_squares += share.square().sum()
+        for finish in pending:
+            self.grads.append(finish())
+            sum_of_squares += self.grads[-1].square().sum()
         return sum_of_squares
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from nanochat import download
 from nanochat.gpt import GPT, GPTConfig
 
 torch.set_num_threads(1)  # the tensors here are tiny: several threads cost more than they save
@@ -25,6 +26,14 @@ def base_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "base"
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(path))
     return path
+
+
+@pytest.fixture(autouse=True)
+def quick_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Downloads come from servers of the tests alone, and failed attempts are repeated at once."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    monkeypatch.setattr(download, "BACKOFF_SECONDS", 0.005)
 
 
 def tiny_config(**changes: int) -> GPTConfig:

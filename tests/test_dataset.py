@@ -12,27 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from misbehaving_server import MisbehavingServer, closed_port
 
-from nanochat import dataset, download
+from nanochat import dataset
 from nanochat.common import UserError
 from nanochat.dataset import Config, claim_folder, read_source, write_source
 
-CONTENT = random.Random(0).randbytes(400_000)  # several chunks, so that something is kept when a connection is cut
-HALF = "bytes=196608-"  # the whole chunks in the first half of it
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def quick_and_isolated(tmp_path, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("HF_ENDPOINT", raising=False)
-    monkeypatch.setattr(download, "BACKOFF_SECONDS", 0.005)
-
-
-@pytest.fixture
-def server():
-    with MisbehavingServer({"/file": CONTENT}) as server:
-        yield server
 
 
 def write_parquet(path: Path, texts: list[str | None], row_group_size: int = 2, column: str = "text") -> Path:

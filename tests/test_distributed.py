@@ -97,8 +97,7 @@ def _receive(rank: int, receiver: Any) -> Any:
 def collectives(runtime: Runtime) -> dict[str, Any]:
     rank, world_size = runtime.rank, runtime.world_size
     stacked = torch.arange(world_size * 2.0).view(world_size, 2) * (rank + 1)
-    share, work = common.reduce_scatter_mean(stacked)
-    work.wait()
+    share = common.reduce_scatter_mean(stacked)()
     tensor = torch.tensor([float(rank), 1.0])
     return {
         "runtime": tuple(runtime),
@@ -109,8 +108,8 @@ def collectives(runtime: Runtime) -> dict[str, Any]:
         "in place": tensor.tolist(),
         "any": (common.any_rank(rank == world_size - 1), common.any_rank(False)),
         "objects": common.gather_objects({"rank": rank}),
-        "share": (share / world_size).tolist(),
-        "joined": common.all_gather_shares(share / world_size).tolist(),
+        "share": share.tolist(),
+        "joined": common.all_gather_shares(share).tolist(),
     }
 
 

@@ -21,14 +21,6 @@ HALF = "bytes=196608-"  # the whole chunks in the first half of it
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(autouse=True)
-def quick_and_isolated(tmp_path, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("HF_ENDPOINT", raising=False)
-    monkeypatch.setattr(download, "BACKOFF_SECONDS", 0.005)
-
-
 @pytest.fixture
 def server():
     with MisbehavingServer({"/file": CONTENT}) as server:

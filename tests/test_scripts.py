@@ -208,6 +208,15 @@ def test_a_checkpoint_has_the_bits_per_byte_of_its_own_step(base_dir):
     assert metas[4] is None and metas[8] is None and metas[12] > 0
 
 
+def test_what_a_kill_left_of_a_save_is_removed_by_the_next(base_dir):
+    train(save_every=6)
+    leftover = base_dir / "base_checkpoints/d2/.model_000012.pt.abc.tmp"
+    leftover.write_bytes(b"half a model")
+    (base_dir / "base_checkpoints/d2/meta_000012.json").unlink()
+    train(save_every=6)
+    assert not leftover.exists()
+
+
 def test_an_evaluation_that_fails_loses_nothing(base_dir, monkeypatch):
     def fail(*args):
         raise Crash
