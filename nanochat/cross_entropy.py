@@ -5,7 +5,8 @@ are 17 GB). Here the positions go through the output layer, the softcap and the 
 losses does not need to wait for the backward pass, so each chunk leaves its share of both gradients behind and its
 logits are dropped. That is three matrix products a chunk, like the plain computation, and no recomputation.
 
-What it does not do: second derivatives, and a gradient through per-token losses.
+What it does not do: second derivatives, and a gradient through per-token losses. Their weighted sum has one, which is all
+that policy gradients need.
 """
 
 from typing import Any
@@ -26,29 +27,38 @@ def chunk_tokens(num_tokens: int, vocab_size: int, device_type: str) -> int:
 class _SoftcappedCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float, dtype: torch.dtype
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        cap: float,
+        dtype: torch.dtype,
+        loss_weights: torch.Tensor | None,
     ) -> torch.Tensor:
         needs_x, needs_weight = ctx.needs_input_grad[:2]
+        counts = (targets != IGNORE_INDEX).float()  # how much each loss counts
+        if loss_weights is not None:
+            counts *= loss_weights
         compute_weight = weight.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if needs_x else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         size = chunk_tokens(len(x), len(weight), x.device.type)
-        for x_chunk, target, start in zip(x.split(size), targets.split(size), range(0, len(x), size), strict=True):
+        chunks = zip(x.split(size), targets.split(size), counts.split(size), range(0, len(x), size), strict=True)
+        for x_chunk, target, count, start in chunks:
             x_chunk = x_chunk.to(dtype)
             tanh = (x_chunk @ compute_weight.T).float().div_(cap).tanh_()  # (chunk, V)
-            valid = target != IGNORE_INDEX
             index = target.clamp(min=0).unsqueeze(1)
             # |logits| <= cap, so that exp cannot overflow and no maximum has to be subtracted
             probs = torch.mul(tanh, cap).exp_()
             normalizer = probs.sum(dim=1, keepdim=True)
             losses = normalizer.log().squeeze(1) - cap * tanh.gather(1, index).squeeze(1)
-            total += (losses * valid).sum()
+            total += (losses * count).sum()
             if not (needs_x or needs_weight):
                 continue
             grad = probs.div_(normalizer)
             grad.scatter_add_(1, index, torch.full_like(normalizer, -1.0))
-            grad.mul_(tanh.square_().neg_().add_(1.0)).mul_(valid.unsqueeze(1))  # d tanh(u) = 1 - tanh(u)^2
+            grad.mul_(tanh.square_().neg_().add_(1.0)).mul_(count.unsqueeze(1))  # d tanh(u) = 1 - tanh(u)^2
             grad = grad.to(dtype)
             if needs_x:
                 grad_x[start : start + size] = grad @ compute_weight
@@ -66,20 +76,27 @@ class _SoftcappedCrossEntropySum(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         grad_x = saved.pop(0) * grad_total if ctx.needs_input_grad[0] else None
         grad_weight = (saved.pop(0) * grad_total).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, None, None, None
+        return grad_x, grad_weight, None, None, None, None
 
 
 def cross_entropy_sum(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float, dtype: torch.dtype
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    cap: float,
+    dtype: torch.dtype,
+    loss_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The summed loss of softcapped logits, with gradients to x and weight.
 
     x (N, C) states; weight (V, C) of the output layer; targets (N,) int64, IGNORE_INDEX for no loss; dtype of the
-    matrix products. Returns a float32 scalar in nats. Memory beyond the inputs: one chunk of logits and the gradients.
+    matrix products; loss_weights (N,) float32, by which each loss is multiplied (constants; None is 1 everywhere).
+    Returns a float32 scalar in nats. Memory beyond the inputs: one chunk of logits and the gradients.
     """
     if not torch.is_grad_enabled():
-        return cross_entropy_each(x, weight, targets, cap, dtype).sum()
-    return _SoftcappedCrossEntropySum.apply(x, weight, targets, cap, dtype)
+        losses = cross_entropy_each(x, weight, targets, cap, dtype)
+        return (losses if loss_weights is None else losses * loss_weights).sum()
+    return _SoftcappedCrossEntropySum.apply(x, weight, targets, cap, dtype, loss_weights)
 
 
 def cross_entropy_each(

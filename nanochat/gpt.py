@@ -118,17 +118,26 @@ class Attention(nn.Module):
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
         q, k = norm(apply_rotary(q, cos, sin)).to(v.dtype), norm(apply_rotary(k, cos, sin)).to(v.dtype)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, T, heads, D) -> (B, heads, T, D)
+        mask = None
         if kv_cache is not None:
-            k, v = kv_cache.insert(self.layer, k, v)  # (B, K, T, D) -> (B, K, pos + T, D)
-        y = causal_attention(q, k, v)
+            mask = kv_cache.mask(T)
+            k, v = kv_cache.insert(self.layer, k, v)  # (B, K, T, D) -> (B, K, longest + T, D)
+        y = causal_attention(q, k, v, mask)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, H, T, D) -> (B, T, C)
         return self.c_proj(y)
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Scaled dot-product attention of q (B, H, T, D) over k, v (B, K, S, D), where q are the last T of S positions."""
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Scaled dot-product attention of q (B, H, T, D) over k, v (B, K, S, D), where q are the last T of S positions.
+
+    mask (B, 1, T, S) bool says otherwise: what each query sees.
+    """
     T, S = q.size(2), k.size(2)
     grouped = q.size(1) != k.size(1)
+    if mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     if T == 1:  # one query sees everything
@@ -207,11 +216,18 @@ class GPT(nn.Module):
             self.register_buffer("cos", angles.cos(), persistent=False)
             self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def _rotary(self, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tables' rows for positions start to start + length; the tables grow where they are too short."""
-        if start + length > self.cos.size(1):
-            self._set_rotary(2 * (start + length))
-        return self.cos[:, start : start + length], self.sin[:, start : start + length]
+    def _rotary(self, T: int, kv_cache: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of the next T positions, (1, T, 1, D/2), or (B, T, 1, D/2) where the cache's rows differ.
+
+        The tables grow where they are too short.
+        """
+        end = T if kv_cache is None else kv_cache.longest + T
+        if end > self.cos.size(1):
+            self._set_rotary(2 * end)
+        if kv_cache is None or kv_cache.is_uniform:
+            return self.cos[:, end - T : end], self.sin[:, end - T : end]
+        positions = kv_cache.positions(T)  # (B, T)
+        return self.cos[0, positions], self.sin[0, positions]
 
     def get_device(self) -> torch.device:
         """Where the weights are."""
@@ -255,11 +271,10 @@ class GPT(nn.Module):
     def hidden(self, idx: torch.Tensor, kv_cache: Any = None) -> torch.Tensor:
         """The final normalised states (B, T, C) for tokens idx (B, T) int64.
 
-        With a kv_cache the tokens continue what it holds, and it is advanced by T.
+        With a kv_cache the tokens continue what each of its rows holds, and it is advanced by T.
         """
-        B, T = idx.shape
-        start = 0 if kv_cache is None else kv_cache.pos
-        cos, sin = self._rotary(start, T)
+        T = idx.size(1)
+        cos, sin = self._rotary(T, kv_cache)
         x = norm(self.transformer.wte(idx))
         for block in self.transformer.h:
             x = block(x, cos, sin, kv_cache)
@@ -280,11 +295,13 @@ class GPT(nn.Module):
         targets: torch.Tensor | None = None,
         kv_cache: Any = None,
         loss_reduction: str = "mean",
+        loss_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits or loss for tokens idx (B, T) int64.
 
         Without targets: logits (B, T, V) float32. With targets (B, T) int64, -1 for no loss, in nats and float32:
         the mean over targets or the sum (both without ever holding all logits), or with "none" each loss (B*T,).
+        loss_weights (B, T) float32 multiply the losses of a sum.
         """
         x = self.hidden(idx, kv_cache)
         if targets is None:
@@ -294,7 +311,9 @@ class GPT(nn.Module):
         dtype = compute_dtype(x.device)
         if loss_reduction == "none":
             return cross_entropy_each(x, weight, targets, LOGIT_CAP, dtype)
-        total = cross_entropy_sum(x, weight, targets, LOGIT_CAP, dtype)
+        if loss_weights is not None:
+            loss_weights = loss_weights.flatten()
+        total = cross_entropy_sum(x, weight, targets, LOGIT_CAP, dtype, loss_weights)
         if loss_reduction == "sum":
             return total
         if loss_reduction != "mean":
