@@ -20,10 +20,15 @@ rendered as follows, on one line in truth; the marked part is supervised:
 Tool output is not supervised: the engine writes it, not the model. Text is encoded as ordinary text, so nothing that a
 message says can end it or begin another.
 
+A training example may also be a document, {"text": "..."}: <|bos|> and its text, all of it supervised.
+
+The way back is ReplyReader: the tokens of a reply become text and tool calls again, one by one as they come.
+
 What it does not do: say which conversation of a data set is broken (the caller knows its index), pad, or pack.
 """
 
-from typing import Any
+import codecs
+from typing import Any, NamedTuple
 
 from nanochat.common import UserError
 
@@ -86,8 +91,12 @@ def render_conversation(
 ) -> tuple[list[int], list[int]]:
     """(ids, mask) of a conversation, equally long and at most max_tokens; mask is 1 on what the assistant should learn.
 
-    What does not fit is cut off at the end. Raises ConversationError for a conversation that breaks the rules.
+    What does not fit is cut off at the end. A document, {"text": ...}, is accepted, too. Raises ConversationError for a
+    conversation that breaks the rules.
     """
+    if isinstance(conversation, dict) and isinstance(conversation.get("text"), str):
+        ids = tokenizer.encode(conversation["text"], prepend=tokenizer.get_bos_token_id())[:max_tokens]
+        return ids, [0] + [1] * (len(ids) - 1)
     ids, mask = _render_messages(tokenizer, check_conversation(conversation))
     return ids[:max_tokens], mask[:max_tokens]
 
@@ -103,6 +112,86 @@ def render_for_completion(tokenizer: Any, conversation: dict[str, Any]) -> list[
         messages = messages[:-1]
     ids, _ = _render_messages(tokenizer, messages)
     return [*ids, tokenizer.encode_special("<|assistant_start|>")]
+
+
+class FittedPrompt(NamedTuple):
+    """What a chat that may be longer than the context becomes."""
+
+    tokens: list[int]  # the prompt
+    max_tokens: int  # how long the reply may be
+    dropped: int  # messages that were left out
+
+
+def fit_conversation(
+    tokenizer: Any, conversation: dict[str, Any], context_tokens: int, max_tokens: int
+) -> FittedPrompt:
+    """The prompt for the next reply of a chat, within a context of context_tokens, prompt and reply together.
+
+    The oldest exchanges, a user's message and its reply, are left out until what remains leaves room for a reply of
+    max_tokens, or of half the context where that is less; a system message stays. Raises ConversationError where even
+    the last user message alone does not fit, or where there is none to reply to.
+    """
+    messages = list(check_conversation(conversation))
+    if messages[-1]["role"] != "user":
+        raise ConversationError("the last message is not the user's: there is nothing to reply to")
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    turns = messages[len(system) :]
+    room = min(max_tokens, context_tokens // 2)
+    # What each message adds, computed once: only the few candidates near the limit are rendered as a whole
+    sizes = [len(_render_messages(tokenizer, [message])[0]) - 1 for message in turns]
+    first = 0
+    while first + 2 < len(turns) and sum(sizes[first:]) + room > context_tokens:
+        first += 2
+    tokens: list[int] = []
+    for dropped in range(first, len(turns), 2):
+        tokens = render_for_completion(tokenizer, {"messages": [*system, *turns[dropped:]]})
+        if len(tokens) + room <= context_tokens:
+            return FittedPrompt(tokens, min(max_tokens, context_tokens - len(tokens)), dropped)
+    raise ConversationError(
+        f"the message is too long: {len(tokens)} tokens, where {context_tokens - room} of a context of "
+        f"{context_tokens} are left beside the reply"
+    )
+
+
+class ReplyReader:
+    """Reads the tokens of a reply one by one: pieces of text, in whole characters, and what kind of part they are of.
+
+        reader = ReplyReader(tokenizer)
+        reader.push(token)  ->  [("text", "2+3=")] or, inside a tool call, [("python", "2+3")]
+        reader.content      ->  [{"type": "text", "text": "2+3="}, {"type": "python", "text": "2+3"}, ...]
+
+    A character whose bytes are spread over tokens comes with its last one. Special tokens are never text.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.content: list[dict[str, str]] = []
+        self._special = set(tokenizer.special_ids.values())
+        markers = {marker: kind for kind, (marker, _, _) in ASSISTANT_PARTS.items() if marker}
+        self._begins = {tokenizer.encode_special(marker): kind for marker, kind in markers.items()}
+        self._kind = "text"
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> list[tuple[str, str]]:
+        """The pieces (kind, text) that a token completes: none, or one, or one of each part at a part's end."""
+        if token not in self._special:
+            return self._keep(self._decoder.decode(self.tokenizer.id_to_bytes(token)))
+        pieces = self.finish()
+        self._kind = self._begins.get(token, "text")
+        return pieces
+
+    def finish(self) -> list[tuple[str, str]]:
+        """What is left when the reply is over: a character that was cut, as U+FFFD."""
+        return self._keep(self._decoder.decode(b"", final=True))
+
+    def _keep(self, text: str) -> list[tuple[str, str]]:
+        if not text:
+            return []
+        if self.content and self.content[-1]["type"] == self._kind:
+            self.content[-1]["text"] += text
+        else:
+            self.content.append({"type": self._kind, "text": text})
+        return [(self._kind, text)]
 
 
 def _render_messages(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
