@@ -10,6 +10,7 @@ short by a full disk or a crash is never taken for a checkpoint: the one before 
 with weights_only=True: a checkpoint cannot execute anything.
 """
 
+import hashlib
 import json
 import re
 from dataclasses import asdict
@@ -34,6 +35,7 @@ STAGE_COMMANDS = {
     "sft": "python -m scripts.chat_sft",
     "rl": "python -m scripts.chat_rl",
 }
+CHAT_SOURCES = ("rl", "sft", "mid")  # the stages whose models chat, the furthest first
 # Settings that may change between the parts of one run, by the beginning of their names: they say where and in which
 # portions it is computed, what is measured and what is kept, not what is trained. runs/stage.sh has the same list.
 FREE_SETTINGS = (
@@ -236,7 +238,8 @@ def load_model(
     """(model, tokenizer, meta_data) of a stage's checkpoint: base, mid, sft or rl.
 
     model_tag None or '' takes the largest model, step None or -1 the last one. meta_data gains "source", "model_tag"
-    and "checkpoint_dir": which checkpoint it was. Raises UserError, naming the command, where there is none.
+    and "checkpoint_dir", which say which checkpoint it was, and "origin", the same for the metadata of runs that start
+    from it. Raises UserError, naming the command, where there is none.
     """
     root = checkpoint_root(source)
     try:
@@ -249,7 +252,31 @@ def load_model(
         raise UserError(f"{error}: run {STAGE_COMMANDS[source]} first") from None
     print0(f"model: {root / tag}, step {step}")
     model, tokenizer, meta = build_model(root / tag, step, device, phase)
-    return model, tokenizer, {**meta, "source": source, "model_tag": tag, "checkpoint_dir": str(root / tag)}
+    origin = {"source": source, "model_tag": tag, "step": step, "fingerprint": _fingerprint(model)}
+    found = {"source": source, "model_tag": tag, "checkpoint_dir": str(root / tag), "origin": origin}
+    return model, tokenizer, {**meta, **found}
+
+
+def find_chat_source(model_tag: str = "") -> str:
+    """The furthest stage that has a model to chat with, of that tag if one is given: rl, sft or mid.
+
+    Raises UserError where no stage has one.
+    """
+    for source in CHAT_SOURCES:
+        root = checkpoint_root(source)
+        folders = [root / model_tag] if model_tag else sorted(root.iterdir()) if root.is_dir() else []
+        if any(folder.is_dir() and complete_steps(folder) for folder in folders):
+            return source
+    named = f" {model_tag!r}" if model_tag else ""
+    raise UserError(
+        f"there is no model{named} to chat with in {get_base_dir()}: run `bash speedrun.sh`, or {STAGE_COMMANDS['mid']}"
+    )
+
+
+def _fingerprint(model: GPT) -> str:
+    """16 hex digits that stand for a model's weights: SHA-256 of one matrix, which every update changes."""
+    matrix = model.transformer.h[0].attn.c_q.weight.detach().float().cpu().contiguous()
+    return hashlib.sha256(matrix.numpy().tobytes()).hexdigest()[:16]
 
 
 def check_tokenizer(meta: dict[str, Any], tokenizer: Any, checkpoint_dir: str | Path) -> None:
@@ -266,12 +293,70 @@ def check_tokenizer(meta: dict[str, Any], tokenizer: Any, checkpoint_dir: str | 
 # Resuming
 
 
-def find_resume_step(checkpoint_dir: str | Path, config: Any, resume: str, tokenizer: Any) -> int | None:
+def save_training(
+    checkpoint_dir: str | Path,
+    step: int,
+    model: GPT,
+    optimizers: list[Any],
+    meter: Any,
+    config: Any,
+    tokenizer: Any,
+    **meta_data: Any,
+) -> None:
+    """Save a run so that resume_training can take it up; keeps config.save_keep checkpoints. Every rank must call.
+
+    meta_data: what else the run needs to know when it goes on, JSON-able.
+    """
+    optimizer_data = {"optimizers": [o.state_dict() for o in optimizers], "rng": torch.get_rng_state()}
+    meta = {
+        "model_config": asdict(model.config),
+        "user_config": asdict(config),
+        "tokenizer_hash": tokenizer.hash,
+        "val_bpb": None,  # measured after the save, and added then
+        "meter": meter.state_dict(),
+        "world_size": get_dist_info()[3],
+        **meta_data,
+    }
+    save_checkpoint(checkpoint_dir, step, model.state_dict(), optimizer_data, meta)
+    prune_checkpoints(checkpoint_dir, config.save_keep)
+
+
+def resume_training(
+    checkpoint_dir: str | Path,
+    model: GPT,
+    optimizers: list[Any],
+    meter: Any,
+    config: Any,
+    tokenizer: Any,
+    origin: dict[str, Any] | None = None,
+) -> tuple[int, dict[str, Any]]:
+    """(step, meta_data) from which a run goes on, with its state in model, optimizers and meter; (0, {}) for a new run.
+
+    What a new run replaces is removed. origin: the checkpoint that the run starts from. Every rank must call. Raises
+    UserError as find_resume_step does.
+    """
+    step = find_resume_step(checkpoint_dir, config, config.resume, tokenizer, origin)
+    if step is None:
+        clear_checkpoints(checkpoint_dir)
+        return 0, {}
+    model_data, optimizer_data, meta = load_checkpoint(checkpoint_dir, step, "cpu", load_optimizer=True)
+    load_weights(model, model_data)
+    for optimizer, state in zip(optimizers, optimizer_data["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    torch.set_rng_state(optimizer_data["rng"])
+    meter.load_state_dict(meta["meter"])
+    print0(f"resumed from step {step} of {checkpoint_dir}")
+    return step, meta
+
+
+def find_resume_step(
+    checkpoint_dir: str | Path, config: Any, resume: str, tokenizer: Any, origin: dict[str, Any] | None = None
+) -> int | None:
     """The step from which a run goes on, or None for a new run. The same on every rank.
 
     resume: 'auto' takes up the checkpoint of a run with the same settings, if there is one; 'never' starts anew.
-    Raises UserError where the folder holds a run with other settings or another tokenizer, naming the differences:
-    starting anew would replace it, and that is the user's to say.
+    Raises UserError where the folder holds a run with other settings, another tokenizer or another origin, naming the
+    differences: starting anew would replace it, and that is the user's to say.
     """
     if resume == "never":
         return None
@@ -287,6 +372,8 @@ def find_resume_step(checkpoint_dir: str | Path, config: Any, resume: str, token
         raise UserError(f"{checkpoint_dir} holds a run with other settings ({'; '.join(changed)}): {anew}")
     if meta.get("tokenizer_hash") != tokenizer.hash:
         raise UserError(f"{checkpoint_dir} holds a run with another tokenizer: {anew}")
+    if meta.get("origin") != origin:
+        raise UserError(f"{checkpoint_dir} holds a run that started from another checkpoint: {anew}")
     return steps[-1]
 
 

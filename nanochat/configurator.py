@@ -45,7 +45,7 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> Con
     values: dict[str, Any] = {}
     while argv and argv[0] == "--":
         argv.pop(0)
-    if argv and argv[0].endswith(".toml"):
+    if argv and argv[0].endswith(".toml") and not argv[0].startswith("-") and "=" not in argv[0]:
         for name, value in _read_toml(argv.pop(0)).items():
             option = _find(options, name)
             values[option.name] = _convert(option, value)

@@ -5,8 +5,8 @@ are 17 GB). Here the positions go through the output layer, the softcap and the 
 losses does not need to wait for the backward pass, so each chunk leaves its share of both gradients behind and its
 logits are dropped. That is three matrix products a chunk, like the plain computation, and no recomputation.
 
-What it does not do: second derivatives, and a gradient through per-token losses. Their weighted sum has one, which is all
-that policy gradients need.
+What it does not do: second derivatives, and a gradient through per-token losses. Their weighted sum has one, which is
+all that policy gradients need.
 """
 
 from typing import Any

@@ -29,7 +29,9 @@ PANELS = (
     Panel("loss", "Training loss (nats per token)", "#2563a8"),
     Panel("val_bpb", "Validation bits per byte", "#b4451f", has_points=True),
     Panel("core_metric", "CORE", "#6d3f9c", has_points=True),
-    Panel("reward", "Reward", "#6d3f9c"),
+    Panel("reward", "Reward (share of samples that are right)", "#6d3f9c"),
+    Panel("pass@1", "pass@1 on test problems", "#b4451f", has_points=True),
+    Panel("sample_tokens", "Tokens per sample", "#2563a8"),
     Panel("lr_multiplier", "Learning-rate multiplier", "#4a7c2c", from_zero=True),
     Panel("tokens_per_second", "Tokens per second", "#7a6a1f", from_zero=True),
 )

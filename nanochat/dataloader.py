@@ -1,10 +1,12 @@
-"""Batches for pretraining: documents streamed from parquet shards, tokenized once, packed into rows.
+"""Batches: documents and conversations packed into full rows, and conversations in rows of their own.
 
-The order of the data depends on the data and the settings, never on the number of processes:
+The order of the data depends on the data and the settings, never on the number of processes. For packed rows:
 
-- the row groups of all shards of a split are numbered, and row group g belongs to lane g % data_lanes;
-- a lane joins its documents, each begun by <|bos|>, into one endless stream of tokens (epoch after epoch), and row k of
-  the lane is tokens k*T to (k+1)*T of it, with the token after each as its target. Nothing is lost or doubled;
+- the parts of the data are numbered, and part g belongs to lane g % data_lanes. A part is a row group of a shard in
+  pretraining, and a conversation in midtraining;
+- a lane joins its documents or conversations, each begun by <|bos|>, into one endless stream of tokens (epoch after
+  epoch), and row k of the lane is tokens k*T to (k+1)*T of it, with the token after each as its target. Nothing is
+  lost or doubled;
 - rank r owns the lanes congruent to r modulo the world size, and takes one row from each of its lanes in turn.
 
 So as long as every optimizer step takes equally many rows from each lane, one process and N see the same rows in a
@@ -12,22 +14,28 @@ step. The position in the data is one cursor a lane: {"epoch", "group", "offset"
 input. A row group is tokenized when a lane first reaches it and left in tokenized_data/ for later epochs, evaluations
 and resumed runs, which read it by memory map.
 
-What it does not do: shuffling (the shards come shuffled) and keeping documents apart in a row (attention may look
-across <|bos|>, as is usual in pretraining).
+In finetuning each conversation has a row of its own, so that nothing leaks from one to another. All ranks know the
+conversations of a step; sorted by length they are dealt out to the ranks, so that rows of a micro-batch are about
+equally long and little is padding. As a step's loss is a sum over its targets, who gets which row changes nothing.
+
+What it does not do: shuffling (the shards come shuffled, and so do mixtures of tasks) and keeping documents apart in a
+packed row (attention may look across <|bos|>, as is usual in pretraining).
 """
 
 import contextlib
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from nanochat.common import UserError, atomic_write, gather_objects, get_base_dir, get_dist_info
+from nanochat.common import UserError, all_reduce_sum, atomic_write, gather_objects, get_base_dir, get_dist_info
+from nanochat.conversation import ConversationError
+from nanochat.cross_entropy import IGNORE_INDEX
 from nanochat.dataset import RowGroup, read_row_group, row_groups, shard_fingerprint, split_files
 
 DATA_LANES = 8
@@ -81,14 +89,22 @@ class TokenStore:
 
 
 class Lane:
-    """One endless stream of tokens over its own row groups, and a cursor on it."""
+    """One endless stream of tokens over its own parts of the data (groups), and a cursor on it.
 
-    def __init__(self, groups: list[RowGroup], store: TokenStore, cursor: dict[str, int] | None = None):
-        self.groups, self.store = groups, store
+    read_tokens: part -> its tokens (n,), of an integer dtype.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Any],
+        read_tokens: Callable[[Any], np.ndarray],
+        cursor: dict[str, int] | None = None,
+    ):
+        self.groups, self.read_tokens = groups, read_tokens
         self.epoch, self.group, self.offset = 0, 0, 0
         if cursor is not None:
             self.epoch, self.group, self.offset = cursor["epoch"], cursor["group"], cursor["offset"]
-        self.tokens = store.tokens(groups[self.group])
+        self.tokens = read_tokens(groups[self.group])
         self._skip_read_groups()
 
     def cursor(self) -> dict[str, int]:
@@ -107,16 +123,16 @@ class Lane:
         row[T] = self.tokens[self.offset]
 
     def _skip_read_groups(self) -> None:
-        """Move on while the cursor is at the end of a row group, so that it always names a token."""
+        """Move on while the cursor is at the end of a part, so that it always names a token."""
         skipped = 0
         while self.offset >= len(self.tokens):
             skipped += 1
             if skipped > len(self.groups):
-                raise UserError(f"no documents in the row groups of {self.groups[0].path.parent}; is the data empty?")
+                raise UserError(f"no text in {self.groups[0]} and what follows it; is the data empty?")
             self.offset, self.group = 0, self.group + 1
             if self.group == len(self.groups):
                 self.group, self.epoch = 0, self.epoch + 1
-            self.tokens = self.store.tokens(self.groups[self.group])
+            self.tokens = self.read_tokens(self.groups[self.group])
 
 
 def shard_identities(split: str) -> list[str]:
@@ -136,20 +152,22 @@ def check_shards(saved: list[str], current: list[str]) -> None:
         )
 
 
-def check_lanes(num_groups: int, data_lanes: int, world_size: int, split: str) -> None:
-    """Raise UserError unless the lanes can be shared out over the ranks and each lane gets a row group."""
+def check_lanes(num_groups: int, data_lanes: int, world_size: int, what: str, more: str = "") -> None:
+    """Raise UserError unless the lanes can be shared out over the ranks and each lane gets a part of the data.
+
+    what: how many parts there are, in words; more: what else would help.
+    """
     if data_lanes < 1 or data_lanes % world_size:
         nearest = max(1, round(data_lanes / world_size)) * world_size
         raise UserError(f"--data_lanes={data_lanes} must be a multiple of the {world_size} processes; try {nearest}")
     if num_groups < data_lanes:
+        if not num_groups:
+            raise UserError(f"{what}: there is nothing to read{more}")
         # a divisor of the lanes, so that a total batch size that fitted them still fits
         unit = world_size if num_groups >= world_size else 1
         most = max(n for n in range(unit, num_groups + 1, unit) if data_lanes % n == 0)
         fix = f"use --data_lanes={most}" + (f" and {most} processes" if most < world_size else "")
-        more = ", or get more data (python -m nanochat.dataset -n 8)" if split == "train" else ""
-        raise UserError(
-            f"the {split} split has {num_groups} row groups, fewer than --data_lanes={data_lanes}: {fix}{more}"
-        )
+        raise UserError(f"{what}, fewer than --data_lanes={data_lanes}: {fix}{more}")
 
 
 def tokenizing_distributed_data_loader(
@@ -168,14 +186,59 @@ def tokenizing_distributed_data_loader(
     starts at the beginning. Row i of the rank's sequence comes from its lane i modulo the number of its lanes.
     Raises UserError at once, before the first batch, for data that cannot serve the lanes.
     """
-    _, rank, _, world_size = get_dist_info()
     groups = row_groups(split_files(split))
-    check_lanes(len(groups), data_lanes, world_size, split)
+    more = ", or get more data (python -m nanochat.dataset -n 8)" if split == "train" else ""
+    check_lanes(len(groups), data_lanes, get_dist_info()[3], f"the {split} split has {len(groups)} row groups", more)
     store = TokenStore(tokenizer, tokenized_cache)
+    return _packed_batches(B, T, groups, store.tokens, data_lanes, device, cursors)
+
+
+def conversation_data_loader(
+    B: int,
+    T: int,
+    task: Any,
+    tokenizer: Any,
+    data_lanes: int = DATA_LANES,
+    device: torch.device | str = "cpu",
+    cursors: dict[int, dict[str, int]] | None = None,
+) -> Iterator[Batch]:
+    """Like tokenizing_distributed_data_loader, over the examples of a task (conversations and documents).
+
+    Every token is a target. What is longer than a row and its last target is cut. Raises UserError naming the example
+    that breaks the rules of conversations.
+    """
+    check_lanes(len(task), data_lanes, get_dist_info()[3], f"{task.name} has {len(task)} conversations")
+
+    def read_tokens(index: int) -> np.ndarray:
+        return np.array(render_example(tokenizer, task, index, T + 1)[0])
+
+    return _packed_batches(B, T, range(len(task)), read_tokens, data_lanes, device, cursors)
+
+
+def count_conversations(cursors: dict[int, dict[str, int]] | None, num_examples: int, data_lanes: int) -> int:
+    """How many conversations the lanes of all ranks have read to their ends. Every rank must call.
+
+    cursors: those of this rank's lanes, None at the very beginning.
+    """
+    sizes = {lane: len(range(lane, num_examples, data_lanes)) for lane in cursors or {}}
+    return all_reduce_sum(sum(c["epoch"] * sizes[lane] + c["group"] for lane, c in (cursors or {}).items()))
+
+
+def _packed_batches(
+    B: int,
+    T: int,
+    groups: Sequence[Any],
+    read_tokens: Callable[[Any], np.ndarray],
+    data_lanes: int,
+    device: torch.device | str,
+    cursors: dict[int, dict[str, int]] | None,
+) -> Iterator[Batch]:
+    """Batches of this rank's lanes over the parts of some data, made in the background."""
+    _, rank, _, world_size = get_dist_info()
     own = range(rank, data_lanes, world_size)
 
     def batches() -> Iterator[Batch]:
-        lanes = {lane: Lane(groups[lane::data_lanes], store, cursors and cursors[lane]) for lane in own}
+        lanes = {lane: Lane(groups[lane::data_lanes], read_tokens, cursors and cursors[lane]) for lane in own}
         rows = np.empty((B, T + 1), dtype=np.int64)
         next_row = 0
         while True:
@@ -202,6 +265,64 @@ def gather_cursors(cursors: dict[int, dict[str, int]]) -> dict[int, dict[str, in
     for part in gather_objects(cursors):
         merged.update(part)
     return dict(sorted(merged.items()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations in rows of their own
+
+
+class Row(NamedTuple):
+    """A sequence to train on, its last token a target only."""
+
+    tokens: list[int]
+    mask: list[int]  # 1 where a token is to be learned
+    weight: float = 1.0  # of its losses
+
+
+def render_example(tokenizer: Any, task: Any, index: int, max_tokens: int) -> tuple[list[int], list[int]]:
+    """(ids, mask) of an example of a task, at most max_tokens. Raises UserError naming one that breaks the rules."""
+    try:
+        return tokenizer.render_conversation(task[index], max_tokens)
+    except ConversationError as error:
+        raise UserError(f"{task.describe(index)}: {error}") from None
+
+
+def count_targets(rows: Sequence[Row]) -> int:
+    """How many supervised targets rows have: the masked tokens but for the first, which nothing predicts."""
+    return sum(sum(row.mask[1:]) for row in rows)
+
+
+def deal_rows(rows: Sequence[Row]) -> list[Row]:
+    """This rank's rows of a step whose rows all ranks know: of about the same lengths as the other ranks'. Local."""
+    _, rank, _, world_size = get_dist_info()
+    return sorted(rows, key=lambda row: len(row.tokens))[rank::world_size]
+
+
+def padded_batches(
+    rows: Sequence[Row], B: int, pad_token: int, device: torch.device | str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Micro-batches (inputs, targets, weights) of at most B rows each, sorted by length; at least one.
+
+    inputs and targets (b, t) int64, padded on the right with pad_token and IGNORE_INDEX to the longest row of the
+    micro-batch; weights (b, t) float32, each row's weight in all its positions. No rows at all give one row without any
+    target: on every rank something has to go through the model, or its gradients would be missing.
+    """
+    rows = sorted(rows, key=lambda row: len(row.tokens)) or [Row([pad_token, pad_token], [0, 0])]
+    for start in range(0, len(rows), B):
+        part = rows[start : start + B]
+        longest = max(len(row.tokens) for row in part) - 1
+        inputs = np.full((len(part), longest), pad_token, dtype=np.int64)
+        targets = np.full((len(part), longest), IGNORE_INDEX, dtype=np.int64)
+        for i, row in enumerate(part):
+            tokens, mask = np.array(row.tokens), np.array(row.mask[1:], dtype=bool)
+            inputs[i, : len(tokens) - 1] = tokens[:-1]
+            targets[i, : len(tokens) - 1] = np.where(mask, tokens[1:], IGNORE_INDEX)
+        weights = np.repeat(np.array([[row.weight] for row in part], dtype=np.float32), longest, axis=1)
+        yield tuple(torch.from_numpy(array).to(device) for array in (inputs, targets, weights))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the background
 
 
 def prefetch(items: Iterator[Any], depth: int) -> Iterator[Any]:

@@ -315,7 +315,7 @@ class GenerationBatch:
         return completions
 
     def _prefill(self, prefixes: Sequence[Sequence[int]]) -> KVCache:
-        """A cache with a row for each prefix; prefixes may be empty. They are padded on the right, which nobody sees."""
+        """A cache with a row for each prefix, which may be empty. The padding on the right is seen by nobody."""
         longest = max(map(len, prefixes))
         cache = KVCache.for_model(self.model, len(prefixes), longest)
         if longest:
@@ -382,6 +382,7 @@ class GenerationBatch:
         elif completion._expression is not None:
             completion._expression.append(token)
 
+    @torch.inference_mode()
     def remove(self, completions: Iterable[Completion]) -> None:
         """Let sequences leave at once, whether they have ended or not; those that are not in the batch are ignored."""
         leaving = {id(completion) for completion in completions}

@@ -15,8 +15,8 @@ from nanochat.common import all_reduce_sum, autocast
 
 
 @torch.inference_mode()
-def evaluate_bpb(model: Any, batches: Iterable[Any], steps: int, token_bytes: torch.Tensor) -> float:
-    """Bits per byte of the model over the next `steps` batches, all ranks together. Every rank must call.
+def evaluate_bpb(model: Any, batches: Iterable[Any], steps: int | None, token_bytes: torch.Tensor) -> float:
+    """Bits per byte of the model over the next `steps` batches (None: all), all ranks together. Every rank must call.
 
     batches yield (inputs, targets, ...), each (B, T) int64, targets -1 ignored; token_bytes (V,) int32 gives each id's
     length in bytes, 0 for special tokens. Returns inf where the targets stand for no bytes. The training mode is kept.

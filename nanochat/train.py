@@ -8,8 +8,9 @@ import json
 import math
 import os
 import signal
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from nanochat.common import (
+    DummyWandb,
     UserError,
     all_reduce_sum,
     any_rank,
@@ -26,12 +28,15 @@ from nanochat.common import (
     format_seconds,
     get_dist_info,
     peak_flops,
+    peak_memory_bytes,
+    print0,
     synchronize,
 )
 from nanochat.engine import Engine
 
 UNTIMED_STEPS = 10  # compilation and warm caches: time is counted from the step after these
 EMA_BETA = 0.9
+WANDB_EVERY = 100  # steps between points of the training curves
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes and schedules
@@ -120,23 +125,23 @@ def muon_momentum(step: int) -> float:
 
 
 def accumulate_gradients(
-    model: Any, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]], num_targets: int, device: torch.device
+    model: Any, micro_batches: Iterable[tuple[torch.Tensor, ...]], num_targets: int, device: torch.device
 ) -> float:
     """Add up the gradients of a step's micro-batches; return the step's loss, the mean over all ranks, in nats.
 
-    micro_batches are this rank's (inputs, targets), (B, T) int64; num_targets counts the supervised targets of the
-    whole step over all ranks. The loss is the sum over targets divided by it, so that how the rows are dealt out to
-    micro-batches and ranks changes nothing. Optimizers average gradients over ranks, hence the world size in the scale.
-    Every rank must call.
+    micro_batches are this rank's (inputs, targets), (B, T) int64, or (inputs, targets, weights) with float32 weights of
+    the losses; num_targets counts the supervised targets of the whole step over all ranks. The loss is the sum over
+    targets divided by it, so that how the rows are dealt out to micro-batches and ranks changes nothing. Optimizers
+    average gradients over ranks, hence the world size in the scale. Every rank must call.
     """
     world_size = get_dist_info()[3]
     total = torch.zeros((), device=device)
-    for inputs, targets in micro_batches:
+    for inputs, targets, *weights in micro_batches:
         with autocast(device):
-            loss = model(inputs, targets, loss_reduction="sum")
+            loss = model(inputs, targets, loss_reduction="sum", **({"loss_weights": weights[0]} if weights else {}))
         total += loss.detach()
-        (loss * (world_size / num_targets)).backward()
-    return all_reduce_sum(total).item() / num_targets
+        (loss * (world_size / max(1, num_targets))).backward()
+    return all_reduce_sum(total).item() / max(1, num_targets)
 
 
 def step_optimizers(optimizers: list[Any], multiplier: float, momentum: float, grad_clip: float = 0.0) -> float:
@@ -173,17 +178,19 @@ class TrainMeter:
     counted without the first UNTIMED_STEPS steps of each process.
     """
 
-    def __init__(self, tokens_per_step: int, flops_per_token: float, device: torch.device):
+    def __init__(self, flops_per_token: float, device: torch.device):
         _, _, _, world_size = get_dist_info()
-        self.tokens_per_step, self.flops_per_token, self.device = tokens_per_step, flops_per_token, device
+        self.flops_per_token, self.device = flops_per_token, device
         peak = peak_flops(device_name(device))
         self.peak = peak * world_size if peak else None
         self.updates = 0
         self.loss_average = 0.0  # biased towards 0
         self.timed_steps = 0
+        self.timed_tokens = 0
         self.timed_seconds = 0.0
         self.steps_here = 0  # in this process: a resumed run compiles and warms up again
         self.min_val_bpb: float | None = None
+        self.last_tokens = 0
         self.last_seconds = 0.0
         self.started = 0.0
 
@@ -192,15 +199,16 @@ class TrainMeter:
         synchronize(self.device)
         self.started = time.perf_counter()
 
-    def end_step(self, loss: float) -> None:
-        """The step is done; loss in nats per token."""
+    def end_step(self, loss: float, num_tokens: int) -> None:
+        """The step is done; loss in nats per token, num_tokens of all ranks went through the model."""
         synchronize(self.device)
-        self.last_seconds = time.perf_counter() - self.started
+        self.last_tokens, self.last_seconds = num_tokens, time.perf_counter() - self.started
         self.updates += 1
         self.loss_average = EMA_BETA * self.loss_average + (1 - EMA_BETA) * loss
         self.steps_here += 1
         if self.steps_here > UNTIMED_STEPS:
             self.timed_steps += 1
+            self.timed_tokens += num_tokens
             self.timed_seconds += self.last_seconds
 
     def note_val_bpb(self, val_bpb: float) -> None:
@@ -215,19 +223,20 @@ class TrainMeter:
     @property
     def tokens_per_second(self) -> float:
         """Of the last step, over all ranks."""
-        return self.tokens_per_step / self.last_seconds if self.last_seconds else 0.0
+        return self.last_tokens / self.last_seconds if self.last_seconds else 0.0
 
     @property
     def average_tokens_per_second(self) -> float | None:
         """Of all timed steps; None before anything was timed."""
-        return self.timed_steps * self.tokens_per_step / self.timed_seconds if self.timed_steps else None
+        return self.timed_tokens / self.timed_seconds if self.timed_steps else None
 
     def mfu(self, average: bool = False) -> float | None:
         """Model FLOPs utilisation in [0, 1] of the last step or of all timed ones; None where the peak is unknown."""
-        steps, seconds = (self.timed_steps, self.timed_seconds) if average else (1, self.last_seconds)
+        average_of = (self.timed_tokens, self.timed_seconds)
+        tokens, seconds = average_of if average else (self.last_tokens, self.last_seconds)
         if self.peak is None or not seconds:
             return None
-        return steps * self.tokens_per_step * self.flops_per_token / (seconds * self.peak)
+        return tokens * self.flops_per_token / (seconds * self.peak)
 
     def eta_seconds(self, steps_left: int) -> float | None:
         """Seconds until the end at the average speed so far; None before anything was timed."""
@@ -245,7 +254,17 @@ class TrainMeter:
             parts.append(f"{format_seconds(eta)} left")
         return " | ".join(parts)
 
-    STATE = ("updates", "loss_average", "timed_steps", "timed_seconds", "min_val_bpb")
+    def report(self) -> dict[str, Any]:
+        """What a stage's section of the report says about its training."""
+        return {
+            "train_loss": self.loss,
+            "mfu": self.mfu(average=True),
+            "tokens_per_second": self.average_tokens_per_second and round(self.average_tokens_per_second),
+            "training_time_seconds": self.timed_seconds,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+
+    STATE = ("updates", "loss_average", "timed_steps", "timed_tokens", "timed_seconds", "min_val_bpb")
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if nothing had happened; JSON-able."""
@@ -254,18 +273,27 @@ class TrainMeter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state_dict."""
         for name in self.STATE:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))
 
 
 class MetricsLog:
-    """metrics.jsonl beside a checkpoint: one JSON object a line with "step" and whatever was measured at it.
+    """What is measured on the way: metrics.jsonl beside a checkpoint, and a wandb run.
 
-    Rank 0 writes. Lines after the step at which a run starts or resumes are dropped; what is measured again at that
-    very step is there twice, and the later line counts.
+    In the file each line is a JSON object with "step" and whatever was measured at it. Rank 0 writes. Lines after the
+    step at which a run starts or resumes are dropped; what is measured again at that very step is there twice, and the
+    later line counts.
     """
 
-    def __init__(self, checkpoint_dir: str | Path, from_step: int = 0):
+    WANDB_NAMES = {
+        "loss": "train/loss",
+        "lr_multiplier": "train/lrm",
+        "tokens_per_second": "train/tok_per_s",
+        "val_bpb": "val/bpb",
+    }
+
+    def __init__(self, checkpoint_dir: str | Path, from_step: int = 0, wandb_run: Any = None):
         self.path = Path(checkpoint_dir) / "metrics.jsonl"
+        self.wandb_run = wandb_run or DummyWandb()
         self.is_writer = get_dist_info()[1] == 0
         if not self.is_writer:
             return
@@ -274,10 +302,27 @@ class MetricsLog:
             f.writelines(kept)
 
     def log(self, step: int, **metrics: Any) -> None:
-        """Append a line."""
+        """Append a line, and tell wandb."""
+        self._write(step, metrics)
+        self._tell_wandb(step, metrics)
+
+    def log_step(self, step: int, meter: "TrainMeter", loss: float, multiplier: float, **metrics: Any) -> None:
+        """What every optimizer step has, and metrics of its own. wandb gets the average loss, every WANDB_EVERY steps.
+
+        step counts the updates made; loss in nats per token; multiplier is the one on the learning rates.
+        """
+        common = {"lr_multiplier": multiplier, "tokens_per_second": meter.tokens_per_second, **metrics}
+        self._write(step, {"loss": loss, **common})
+        if is_due(step, WANDB_EVERY):
+            self._tell_wandb(step, {"loss": meter.loss, **common})
+
+    def _write(self, step: int, metrics: dict[str, Any]) -> None:
         if self.is_writer:
             with open(self.path, "a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def _tell_wandb(self, step: int, metrics: dict[str, Any]) -> None:
+        self.wandb_run.log({"step": step, **{self.WANDB_NAMES.get(name, name): v for name, v in metrics.items()}})
 
     def _lines(self) -> list[str]:
         if not self.path.exists():
@@ -363,3 +408,19 @@ class StopSignal:
     def exit_code(self) -> int:
         """What a shell expects of a process that a signal ended: 128 + its number."""
         return 128 + (self.received or signal.SIGTERM)
+
+
+def save_or_stop(step: int, start_step: int, is_due: bool, is_last: bool, stop: StopSignal, save: Callable) -> bool:
+    """Call save(step) where a checkpoint is due, at the last step, and where the run was told to stop: then leave, too.
+
+    Call it before anything is evaluated: whatever goes wrong there then costs nothing. start_step has its checkpoint
+    already. Returns whether this step has one. Every rank must call.
+    """
+    is_stopped = stop.requested()
+    saves = is_due or is_last or is_stopped
+    if saves and step > start_step:
+        save(step)
+    if is_stopped and not is_last:
+        print0(f"stopped at step {step}; the same command goes on from the last checkpoint")
+        sys.exit(stop.exit_code)
+    return saves and step > 0

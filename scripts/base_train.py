@@ -7,29 +7,18 @@ Reads tokenizer/, base_data/ and, for CORE, eval_bundle/; writes base_checkpoint
 A run that was interrupted or killed is taken up again by the same command.
 """
 
-import sys
 import time
 from dataclasses import asdict, dataclass
 
 import torch
 
-from nanochat.checkpoint_manager import (
-    checkpoint_root,
-    clear_checkpoints,
-    find_resume_step,
-    load_checkpoint,
-    load_weights,
-    prune_checkpoints,
-    save_checkpoint,
-    update_meta,
-)
+from nanochat.checkpoint_manager import checkpoint_root, resume_training, save_training, update_meta
 from nanochat.common import (
     UserError,
     autocast,
     compute_init,
     format_seconds,
     init_wandb,
-    peak_memory_bytes,
     print0,
     print_banner,
     user_errors,
@@ -58,6 +47,7 @@ from nanochat.train import (
     lr_multiplier,
     muon_momentum,
     sample_completions,
+    save_or_stop,
     step_optimizers,
 )
 
@@ -164,24 +154,14 @@ def main(config: Config) -> dict[str, float]:
     optimizers = model.setup_optimizers(
         config.unembedding_lr, config.embedding_lr, config.matrix_lr, config.weight_decay
     )
-    meter = TrainMeter(config.total_batch_size, flops_per_token, device)
+    meter = TrainMeter(flops_per_token, device)
     checkpoint_dir = checkpoint_root("base") / (config.model_tag or f"d{config.depth}")
     shards = shard_identities("train")
-    start_step = find_resume_step(checkpoint_dir, config, config.resume, tokenizer) or 0
+    start_step, meta = resume_training(checkpoint_dir, model, optimizers, meter, config, tokenizer)
     cursors = None
     if start_step:
-        model_data, optimizer_data, meta = load_checkpoint(checkpoint_dir, start_step, "cpu", load_optimizer=True)
-        load_weights(model, model_data)
-        for optimizer, state in zip(optimizers, optimizer_data["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        torch.set_rng_state(optimizer_data["rng"])
-        meter.load_state_dict(meta["meter"])
         check_shards(meta["shards"], shards)
         cursors = {int(lane): cursor for lane, cursor in meta["cursors"].items()}
-        del model_data, optimizer_data  # as large as the model and its optimizers
-        print0(f"resumed from step {start_step} of {checkpoint_dir}")
-    else:
-        clear_checkpoints(checkpoint_dir)
     should_compile = device.type == "cuda" if config.compile < 0 else bool(config.compile)
     train_model = torch.compile(model, dynamic=False) if should_compile else model  # samples come from the plain one
 
@@ -206,41 +186,25 @@ def main(config: Config) -> dict[str, float]:
     # -----------------------------------------------------------------------------------------------------------------
     # Loop
     wandb_run = init_wandb(config.run, "nanochat", asdict(config))
-    metrics = MetricsLog(checkpoint_dir, start_step)
+    metrics = MetricsLog(checkpoint_dir, start_step, wandb_run)
     started = time.monotonic()
 
     def save(step: int) -> None:
-        optimizer_data = {"optimizers": [o.state_dict() for o in optimizers], "rng": torch.get_rng_state()}
-        meta = {
-            "model_config": asdict(model_config),
-            "user_config": asdict(config),
-            "tokenizer_hash": tokenizer.hash,
-            "val_bpb": None,  # measured after the save, and added then
-            "meter": meter.state_dict(),
-            "shards": shards,
-            "cursors": gather_cursors(cursors),
-            "world_size": world_size,
-        }
-        save_checkpoint(checkpoint_dir, step, model.state_dict(), optimizer_data, meta)
-        prune_checkpoints(checkpoint_dir, config.save_keep)
+        data = {"shards": shards, "cursors": gather_cursors(cursors)}
+        save_training(checkpoint_dir, step, model, optimizers, meter, config, tokenizer, **data)
 
     with StopSignal() as stop:
         for step in range(start_step, num_iterations + 1):
             results: dict[str, float] = {}  # what is measured at this step
             is_last = step == num_iterations
-            is_stopped = stop.requested()
 
             measures_loss = config.eval_every > 0 and (is_last or is_due(step, config.eval_every))
             measures_core = step > 0 and config.core_metric_every > 0
             measures_core = measures_core and (is_last or is_due(step, config.core_metric_every))
 
-            # Save first: whatever goes wrong in an evaluation then costs nothing
-            saves = is_last or is_stopped or measures_core or is_due(step, config.save_every)
-            if saves and step > start_step:
-                save(step)
-            if is_stopped and not is_last:
-                print0(f"stopped at step {step}; the same command goes on from the last checkpoint")
-                sys.exit(stop.exit_code)
+            saves = save_or_stop(
+                step, start_step, measures_core or is_due(step, config.save_every), is_last, stop, save
+            )
 
             # Evaluate
             if measures_loss:
@@ -248,18 +212,16 @@ def main(config: Config) -> dict[str, float]:
                 meter.note_val_bpb(results["val_bpb"])
                 print0(f"step {step}: val bits per byte {results['val_bpb']:.4f}")
                 metrics.log(step, val_bpb=results["val_bpb"])
-                wandb_run.log({"step": step, "val/bpb": results["val_bpb"]})
             if measures_core:
                 with autocast(device):
                     core = evaluate_model(model, tokenizer, device, config.core_metric_max_per_task)
                 results["core_metric"] = core["core_metric"]
                 print0(f"step {step}: CORE {core['core_metric']:.4f}")
                 metrics.log(step, core_metric=core["core_metric"])
-                wandb_run.log({"step": step, "core_metric": core["core_metric"]})
             if config.sample_every > 0 and step > 0 and (is_last or is_due(step, config.sample_every)):
                 for sample in sample_completions(model, tokenizer):
                     print0(f"  {sample}")
-            if saves and step > 0:
+            if saves:
                 update_meta(checkpoint_dir, step, **results, meter=meter.state_dict())
             if is_last:
                 break
@@ -271,21 +233,15 @@ def main(config: Config) -> dict[str, float]:
                 step / num_iterations, config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac
             )
             grad_norm = step_optimizers(optimizers, multiplier, muon_momentum(step), config.grad_clip)
-            meter.end_step(loss)
+            meter.end_step(loss, config.total_batch_size)
 
             # Log
-            speed = meter.tokens_per_second
             print0(meter.line(step + 1, num_iterations, grad_norm=grad_norm, lr=multiplier))
-            metrics.log(step + 1, loss=loss, lr_multiplier=multiplier, tokens_per_second=speed, grad_norm=grad_norm)
-            if is_due(step + 1, 100):
-                wandb_run.log(
-                    {"step": step + 1, "train/loss": meter.loss, "train/lrm": multiplier, "train/tok_per_s": speed}
-                )
+            metrics.log_step(step + 1, meter, loss, multiplier, grad_norm=grad_norm)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Finish
-    peak_memory = peak_memory_bytes(device)
-    print0(f"peak memory {peak_memory / 2**30:.2f} GiB, {format_seconds(time.monotonic() - started)} in this process")
+    print0(f"{format_seconds(time.monotonic() - started)} in this process")
     get_report().log(
         "base_train",
         [
@@ -303,13 +259,9 @@ def main(config: Config) -> dict[str, float]:
             {
                 "min_val_bpb": meter.min_val_bpb,
                 "val_bpb": results.get("val_bpb"),
-                "train_loss": meter.loss,
                 "core_metric": results.get("core_metric"),
-                "mfu": meter.mfu(average=True),
                 "total_flops": f"{flops_per_token * total_tokens:.3e}",
-                "tokens_per_second": meter.average_tokens_per_second and round(meter.average_tokens_per_second),
-                "training_time_seconds": meter.timed_seconds,
-                "peak_memory_bytes": peak_memory,
+                **meter.report(),
                 "metrics_path": str(metrics.path),
             },
         ],
