@@ -394,8 +394,11 @@ def _fit(text: str, width: int = 78) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that is safe to print on a terminal: control characters but newline and tab are shown escaped."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else repr(c)[1:-1] for c in text)
+    """Text that is safe to print on a terminal: control characters are shown escaped.
+
+    All but newline and tab, and the two joiners of which emoji and some scripts are made.
+    """
+    return "".join(c if c in "\n\t\u200c\u200d" or unicodedata.category(c)[0] != "C" else repr(c)[1:-1] for c in text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def fit_conversation(
     """The prompt for the next reply of a chat, within a context of context_tokens, prompt and reply together.
 
     The oldest exchanges, a user's message and its reply, are left out until what remains leaves room for a reply of
-    max_tokens, or of half the context where that is less; a system message stays. Raises ConversationError where even
+    max_tokens, or of a third of the context where that is less; a system message stays. Raises ConversationError where even
     the last user message alone does not fit, or where there is none to reply to.
     """
     messages = list(check_conversation(conversation))
@@ -136,7 +136,7 @@ def fit_conversation(
         raise ConversationError("the last message is not the user's: there is nothing to reply to")
     system = messages[:1] if messages[0]["role"] == "system" else []
     turns = messages[len(system) :]
-    room = min(max_tokens, context_tokens // 2)
+    room = min(max_tokens, context_tokens // 3)
     # What each message adds, computed once: only the few candidates near the limit are rendered as a whole
     sizes = [len(_render_messages(tokenizer, [message])[0]) - 1 for message in turns]
     first = 0
@@ -170,6 +170,7 @@ class ReplyReader:
         markers = {marker: kind for kind, (marker, _, _) in ASSISTANT_PARTS.items() if marker}
         self._begins = {tokenizer.encode_special(marker): kind for marker, kind in markers.items()}
         self._kind = "text"
+        self._is_new_part = True
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> list[tuple[str, str]]:
@@ -177,7 +178,7 @@ class ReplyReader:
         if token not in self._special:
             return self._keep(self._decoder.decode(self.tokenizer.id_to_bytes(token)))
         pieces = self.finish()
-        self._kind = self._begins.get(token, "text")
+        self._kind, self._is_new_part = self._begins.get(token, "text"), True
         return pieces
 
     def finish(self) -> list[tuple[str, str]]:
@@ -187,10 +188,11 @@ class ReplyReader:
     def _keep(self, text: str) -> list[tuple[str, str]]:
         if not text:
             return []
-        if self.content and self.content[-1]["type"] == self._kind:
-            self.content[-1]["text"] += text
-        else:
+        if self._is_new_part:
             self.content.append({"type": self._kind, "text": text})
+            self._is_new_part = False
+        else:
+            self.content[-1]["text"] += text
         return [(self._kind, text)]
 
 

@@ -24,7 +24,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from nanochat.chat_api import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K, Settings, create_app
-from nanochat.checkpoint_manager import find_chat_source, load_model
+from nanochat.checkpoint_manager import CHAT_SOURCES, find_chat_source, load_model
 from nanochat.common import UserError, compute_init, device_name, print0, user_errors
 from nanochat.configurator import opt, parse
 from nanochat.engine import GenerationBatch
@@ -35,7 +35,7 @@ from nanochat.serving import Pool, Worker
 class Config:
     num_gpus: int = opt(1, "GPUs to use, each with the model and a batch of its own", short="n")
     source: str = opt(
-        "", "rl, sft or mid; empty is the furthest stage there is", short="i", choices=("", "rl", "sft", "mid")
+        "", "rl, sft or mid; empty is the furthest stage there is", short="i", choices=("", *CHAT_SOURCES)
     )
     model_tag: str = opt("", "checkpoint folder; empty is the largest model", short="g")
     step: int = opt(-1, "checkpoint step; -1 is the last", short="s")
