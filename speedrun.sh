@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The whole pipeline, from a bare machine to a base model and its report card, on a node of GPUs.
+# The whole pipeline, from a bare machine to a model to talk to and its report card, on a node of GPUs.
 #
 #   bash speedrun.sh                 about 4 hours on 8 x H100; without a GPU the pocket recipe, runs/pocket.sh: minutes
 #   WANDB_RUN=d20 bash speedrun.sh   with curves in Weights & Biases (`wandb login` first)
+#   RL=1 bash speedrun.sh            with reinforcement learning at the end, which the pocket recipe always has
 #   FRESH=1 bash speedrun.sh         run the finished stages again, too
+#   DATA=mine.jsonl bash speedrun.sh add conversations of your own to midtraining and finetuning
 #
 # Run a second time it skips what is done and takes up what was interrupted from its last checkpoint. Everything is
 # written to NANOCHAT_BASE_DIR, ~/.cache/nanochat unless it is set. RECIPE=pocket or RECIPE=speedrun chooses the recipe;
@@ -52,10 +54,10 @@ stage report_reset "" "report/header.json" python -m nanochat.report reset
 # arrive while it trains. A base_data/ with parquet files of one's own, without a source.json, is used as it is.
 
 NUM_SHARDS=${NUM_SHARDS:-240}
-DATA="$NANOCHAT_BASE_DIR/base_data"
+TEXT="$NANOCHAT_BASE_DIR/base_data"
 DOWNLOAD=
-if ls "$DATA"/*.parquet >/dev/null 2>&1 && ! ls "$DATA"/source.json* >/dev/null 2>&1; then
-    echo "training on your own parquet files in $DATA"
+if ls "$TEXT"/*.parquet >/dev/null 2>&1 && ! ls "$TEXT"/source.json* >/dev/null 2>&1; then
+    echo "training on your own parquet files in $TEXT"
 else
     python -m nanochat.dataset -n 8
     python -m nanochat.dataset -n "$NUM_SHARDS" &
@@ -92,6 +94,39 @@ stage base_eval "eval_bundle/core.yaml $CHECKPOINT" "report/base_eval.json" \
     on_all_gpus -m scripts.base_eval -- --model_tag="d$DEPTH"
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Midtraining: one epoch of conversations, multiple choice, word problems and spelling, 850K examples in all. The task
+# data are fetched from the hub by the stages that need them
+
+MID="mid_checkpoints/d$DEPTH/meta_*.json"
+stage mid_train "$CHECKPOINT $DATA" "$MID" \
+    on_all_gpus -m scripts.mid_train -- --model_tag="d$DEPTH" --device_batch_size="$DEVICE_BATCH_SIZE" \
+    --data="$DATA" --save_every=250 --run="$WANDB_RUN" --resume=auto
+stage chat_eval_mid "$MID" "report/chat_eval_mid.json" \
+    on_all_gpus -m scripts.chat_eval -- -i mid --model_tag="d$DEPTH" --batch_size=64
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Supervised finetuning: one epoch of 23K conversations, each in a row of its own, as it will be in a chat
+
+SFT="chatsft_checkpoints/d$DEPTH/meta_*.json"
+stage chat_sft "$MID $DATA" "$SFT" \
+    on_all_gpus -m scripts.chat_sft -- --model_tag="d$DEPTH" --data="$DATA" --save_every=250 --run="$WANDB_RUN" \
+    --resume=auto
+stage chat_eval_sft "$SFT" "report/chat_eval_sft.json" \
+    on_all_gpus -m scripts.chat_eval -- -i sft --model_tag="d$DEPTH" --batch_size=64
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reinforcement learning on GSM8K, with RL=1: 467 steps of 16 questions x 16 samples
+
+if [ "${RL:-0}" = 1 ]; then
+    RL_CHECKPOINT="chatrl_checkpoints/d$DEPTH/meta_*.json"
+    stage chat_rl "$SFT" "$RL_CHECKPOINT" \
+        on_all_gpus -m scripts.chat_rl -- --model_tag="d$DEPTH" --run="$WANDB_RUN" --resume=auto
+    stage chat_eval_rl "$RL_CHECKPOINT" "report/chat_eval_rl.json" \
+        on_all_gpus -m scripts.chat_eval -- -i rl -a GSM8K --model_tag="d$DEPTH" --batch_size=64
+fi
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The report card: report.md, here and in the base directory
 
 python -m nanochat.report generate
+echo "talk to it:  source .venv/bin/activate; python -m scripts.chat_cli   or, in a browser:  python -m scripts.chat_web"

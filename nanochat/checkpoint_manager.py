@@ -332,8 +332,8 @@ def resume_training(
 ) -> tuple[int, dict[str, Any]]:
     """(step, meta_data) from which a run goes on, with its state in model, optimizers and meter; (0, {}) for a new run.
 
-    What a new run replaces is removed. origin: the checkpoint that the run starts from. Every rank must call. Raises
-    UserError as find_resume_step does.
+    What a new run replaces is removed. origin: the checkpoint and the data that the run starts from. Every rank must
+    call. Raises UserError as find_resume_step does.
     """
     step = find_resume_step(checkpoint_dir, config, config.resume, tokenizer, origin)
     if step is None:
@@ -364,7 +364,8 @@ def find_resume_step(
     if not steps:
         return None
     meta = read_meta(checkpoint_dir, steps[-1])
-    anew = "--resume=never starts anew and replaces it, --model_tag=NAME leaves it alone"
+    tag = "output_tag" if hasattr(config, "output_tag") else "model_tag"
+    anew = f"--resume=never starts anew and replaces it, --{tag}=NAME leaves it alone"
     saved, current = meta.get("user_config", {}), asdict(config)
     names = [name for name in {**saved, **current} if not name.startswith(FREE_SETTINGS)]
     changed = [f"{n}={saved.get(n)} there, {current.get(n)} here" for n in names if saved.get(n) != current.get(n)]
@@ -373,7 +374,7 @@ def find_resume_step(
     if meta.get("tokenizer_hash") != tokenizer.hash:
         raise UserError(f"{checkpoint_dir} holds a run with another tokenizer: {anew}")
     if meta.get("origin") != origin:
-        raise UserError(f"{checkpoint_dir} holds a run that started from another checkpoint: {anew}")
+        raise UserError(f"{checkpoint_dir} holds a run that started from another checkpoint or with other data: {anew}")
     return steps[-1]
 
 

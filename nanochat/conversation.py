@@ -128,8 +128,8 @@ def fit_conversation(
     """The prompt for the next reply of a chat, within a context of context_tokens, prompt and reply together.
 
     The oldest exchanges, a user's message and its reply, are left out until what remains leaves room for a reply of
-    max_tokens, or of a third of the context where that is less; a system message stays. Raises ConversationError where even
-    the last user message alone does not fit, or where there is none to reply to.
+    max_tokens, or of a third of the context where that is less; a system message stays. Raises ConversationError where
+    even the last user message alone does not fit, or where there is none to reply to.
     """
     messages = list(check_conversation(conversation))
     if messages[-1]["role"] != "user":

@@ -38,24 +38,27 @@ class TaskResult:
 
 def reply_text(tokenizer: Any, tokens: Sequence[int]) -> str:
     """The text of a reply, without tool calls, their output and special tokens."""
+    return "".join(part["text"] for part in _read_reply(tokenizer, tokens) if part["type"] == "text")
+
+
+def _read_reply(tokenizer: Any, tokens: Sequence[int]) -> list[dict[str, str]]:
     reader = ReplyReader(tokenizer)
     for token in tokens:
         reader.push(token)
     reader.finish()
-    return "".join(part["text"] for part in reader.content if part["type"] == "text")
+    return reader.content
 
 
 def show_reply(tokenizer: Any, tokens: Sequence[int]) -> str:
     """A reply as people read it, its tool calls in double angle brackets: 'Ida has 12+6 = <<12+6=18>>18 pears.'"""
-    reader = ReplyReader(tokenizer)
-    for token in tokens:
-        reader.push(token)
-    reader.finish()
-    forms = {"text": "{}", "python": "<<{}", "python_output": "={}>>"}
-    text = "".join(forms[part["type"]].format(part["text"]) for part in reader.content)
-    calls = [part["type"] for part in reader.content]
-    unanswered = bool(calls) and calls[-1] == "python"
-    return text + (">>" if unanswered else "")
+    text, is_open = "", False  # whether a call has no closing brackets yet
+    for part in _read_reply(tokenizer, tokens):
+        is_result = part["type"] == "python_output"
+        if is_open and not is_result:
+            text += ">>"
+        text += {"text": "{}", "python": "<<{}", "python_output": "={}>>"}[part["type"]].format(part["text"])
+        is_open = part["type"] == "python"
+    return text + (">>" if is_open else "")
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -86,13 +89,13 @@ def evaluate_task(
         task = task[: min(max_problems, len(task))]
     was_training = model.training
     model.eval()
-    if task.eval_type == "categorical":
-        result = _evaluate_categorical(task, model, tokenizer, batch_size)
-    else:
+    try:
+        if task.eval_type == "categorical":
+            return _evaluate_categorical(task, model, tokenizer, batch_size)
         settings = {"max_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
-        result = _evaluate_generative(task, model, tokenizer, batch_size, num_samples, seed, settings)
-    model.train(was_training)
-    return result
+        return _evaluate_generative(task, model, tokenizer, batch_size, num_samples, seed, settings)
+    finally:
+        model.train(was_training)
 
 
 def _own_problems(task: Any) -> range:

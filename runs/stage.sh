@@ -15,6 +15,14 @@
 #
 # FRESH=1 forgets the records: every stage runs again and replaces its own results. Downloads stay.
 
+# DATA, a JSONL file of conversations of one's own, is named from where the recipe was started
+DATA=${DATA:-}
+case "$DATA" in "" | /*) ;; *) DATA="$PWD/$DATA" ;; esac
+[ -z "$DATA" ] || [ -f "$DATA" ] || {
+    echo "error: DATA=$DATA is no file: a JSONL file of conversations is wanted, one a line" >&2
+    exit 2
+}
+
 NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR/#\~\//$HOME/}"
 STAGES="$NANOCHAT_BASE_DIR/stages"

@@ -105,12 +105,12 @@ def sample_rollouts(model: Any, tokenizer: Any, task: Any, step: int, config: Co
     """Answer this rank's questions of a step, each num_samples times, and weigh the answers. Local."""
     _, rank, _, world_size = get_dist_info()
     first = step * config.examples_per_step
-    indices = [i % len(task) for i in range(first + rank, first + config.examples_per_step, world_size)]
-    conversations = [task[index] for index in indices]
+    numbers = range(first + rank, first + config.examples_per_step, world_size)  # of the questions of the whole run
+    conversations = [task[number % len(task)] for number in numbers]
     settings = (config.max_new_tokens, config.temperature, config.top_k)
     requests = [
-        Request(tokenizer.render_for_completion(conversation), *settings, seed=f"{config.seed}/{step}/{index}/{sample}")
-        for index, conversation in zip(indices, conversations, strict=True)
+        Request(tokenizer.render_for_completion(conversation), *settings, f"{config.seed}/{step}/{number}/{sample}")
+        for number, conversation in zip(numbers, conversations, strict=True)
         for sample in range(config.num_samples)
     ]
     completions = Engine(model, tokenizer).complete(requests, config.rollout_batch_size)

@@ -104,15 +104,15 @@ def main(config: Config) -> dict[str, float]:
     )
     meter = TrainMeter(model.estimate_flops(), device)
     checkpoint_dir = checkpoint_root("sft") / (config.output_tag or source_meta["model_tag"])
-    origin = source_meta["origin"]
-    start_step, _ = resume_training(checkpoint_dir, model, optimizers, meter, config, tokenizer, origin)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Data
     recipe = find_recipe()
     train_task = sft_mixture(recipe, config.data)
     if not len(train_task):
         raise UserError("there are no conversations to train on")
+    origin = {**source_meta["origin"], "conversations": len(train_task)}  # a step is a position in these
+    start_step, _ = resume_training(checkpoint_dir, model, optimizers, meter, config, tokenizer, origin)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Data
     num_iterations = count_iterations(config, len(train_task))
     print0(
         f"{len(train_task):,} conversations of the {recipe} mixture, {num_iterations:,} steps of {examples_per_step}"

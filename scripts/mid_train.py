@@ -89,7 +89,10 @@ def main(config: Config) -> dict[str, float]:
     )
     meter = TrainMeter(model.estimate_flops(), device)
     checkpoint_dir = checkpoint_root("mid") / (config.output_tag or base_meta["model_tag"])
-    origin = base_meta["origin"]
+    recipe = find_recipe()
+    train_task = mid_train_mixture(recipe, config.data)
+    num_conversations = len(train_task)
+    origin = {**base_meta["origin"], "conversations": num_conversations}  # the cursors are positions in these
     start_step, meta = resume_training(checkpoint_dir, model, optimizers, meter, config, tokenizer, origin)
     cursors = {int(lane): cursor for lane, cursor in meta["cursors"].items()} if start_step else None
     should_compile = device.type == "cuda" if config.compile < 0 else bool(config.compile)
@@ -97,9 +100,6 @@ def main(config: Config) -> dict[str, float]:
 
     # -----------------------------------------------------------------------------------------------------------------
     # Data
-    recipe = find_recipe()
-    train_task = mid_train_mixture(recipe, config.data)
-    num_conversations = len(train_task)
     print0(f"{num_conversations:,} conversations of the {recipe} mixture")
     train_batches = conversation_data_loader(B, T, train_task, tokenizer, lanes, device, cursors)
     val_task = mid_val_mixture(recipe) if config.eval_every > 0 else None
@@ -157,8 +157,9 @@ def main(config: Config) -> dict[str, float]:
             step += 1
 
             # Log
-            num_steps = config.num_iterations if config.num_iterations > 0 else round(step / measure_progress(step))
-            print0(meter.line(step, max(step, num_steps), lr=multiplier))
+            progress_now = measure_progress(step)
+            num_steps = max(step, round(step / progress_now)) if progress_now else step
+            print0(meter.line(step, num_steps, lr=multiplier))
             metrics.log_step(step, meter, loss, multiplier, progress=progress)
 
     # -----------------------------------------------------------------------------------------------------------------

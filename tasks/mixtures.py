@@ -16,7 +16,7 @@ from tasks.documents import Documents
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
-from tasks.pocket import PocketChat, PocketMath, PocketMC, PocketQA
+from tasks.pocket import PocketChat, PocketMath, PocketMC, PocketQA, PocketSums
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
@@ -24,9 +24,11 @@ RECIPES = ("speedrun", "pocket")
 
 # Sizes of the pocket mixtures, in examples. Tasks that are not named here are taken whole.
 POCKET_MID_DOCUMENTS = 4000
+POCKET_MID_SUMS = 1500
 POCKET_MID_SPELLING = 2000
 POCKET_MID_SPELLING_BEE = 3000
 POCKET_SFT_CHAT = 2000
+POCKET_SFT_SUMS = 500
 POCKET_SFT_SPELLING = 300
 POCKET_SFT_SPELLING_BEE = 1000
 
@@ -57,6 +59,7 @@ def mid_train_mixture(recipe: str, data: str = "") -> TaskMixture:
             PocketQA("train"),
             PocketMC("train"),
             PocketMath("train"),
+            PocketSums(POCKET_MID_SUMS),
             IdentityConversations(),
             IdentityConversations(),
             SimpleSpelling("train", POCKET_MID_SPELLING),
@@ -91,6 +94,7 @@ def sft_mixture(recipe: str, data: str = "") -> TaskMixture:
             PocketQA("train"),
             PocketMC("train"),
             PocketMath("train"),
+            PocketSums(POCKET_SFT_SUMS),
             IdentityConversations(),
             SimpleSpelling("train", POCKET_SFT_SPELLING),
             SpellingBee("train", POCKET_SFT_SPELLING_BEE, languages="english"),

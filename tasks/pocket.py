@@ -1,13 +1,15 @@
-"""The tasks of the pocket world, which nanochat.pocket writes: PocketChat, PocketQA, PocketMC and PocketMath.
+"""The tasks of the pocket world: PocketChat, PocketQA, PocketMC and PocketMath, which nanochat.pocket writes, and sums.
 
 Their test splits ask about what no training split asks about (nanochat/pocket_tasks.py). Scores on them compare with
 nothing but themselves. The rows are random already, so they keep their order.
 """
 
+import random
 import re
 from typing import Any
 
-from tasks.common import ChoiceTask, Conversation, TableTask, as_conversation, check_choice, choice_conversation
+from nanochat.pocket_tasks import is_test_number
+from tasks.common import ChoiceTask, Conversation, TableTask, Task, as_conversation, check_choice, choice_conversation
 from tasks.gsm8k import is_same_answer, parse_answer
 
 LETTERS = ("A", "B", "C", "D")
@@ -82,3 +84,30 @@ class PocketMath(TableTask):
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         return is_same_answer(conversation, completion)
+
+
+class PocketSums(Task):
+    """Plain sums as people type them, answered with the calculator; to train on. Example i is always the same one."""
+
+    name = "PocketSums"
+    QUESTIONS = ("What is {}?", "How much is {}?", "{}", "{} = ?", "Calculate {}.", "What does {} make?")
+    SIGNS = {"+": ("+", " + ", " plus "), "-": ("-", " - ", " minus "), "*": ("*", " * ", " times "), "/": ("/", " / ")}
+
+    def __init__(self, size: int, **bounds: Any):
+        super().__init__(**bounds)
+        self.size = size
+
+    def num_examples(self) -> int:
+        return self.size
+
+    def get_example(self, index: int) -> Conversation:
+        rng = random.Random(f"{self.name}/{index}")
+        sign = rng.choice("++--*/")
+        a = b = 7
+        while is_test_number(a) or is_test_number(b):  # no training example names the numbers of PocketMath's tests
+            most = 12 if sign in "*/" else 99
+            a, b = rng.randint(2, most), rng.randint(2, most)
+            a, b = (a * b, b) if sign == "/" else (max(a, b), min(a, b)) if sign == "-" else (a, b)
+        result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign]
+        question = rng.choice(self.QUESTIONS).format(f"{a}{rng.choice(self.SIGNS[sign])}{b}")
+        return as_conversation(question, parse_answer(f"{a}{sign}{b} = <<{a}{sign}{b}={result}>>{result}."))

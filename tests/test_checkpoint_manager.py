@@ -18,6 +18,7 @@ from nanochat.checkpoint_manager import (
     checkpoint_root,
     clear_checkpoints,
     complete_steps,
+    find_chat_source,
     find_largest_model,
     find_last_step,
     find_resume_step,
@@ -26,11 +27,14 @@ from nanochat.checkpoint_manager import (
     load_weights,
     prune_checkpoints,
     read_meta,
+    resume_training,
     save_checkpoint,
+    save_training,
     update_meta,
 )
 from nanochat.common import UserError
 from nanochat.gpt import GPT
+from nanochat.train import TrainMeter, accumulate_gradients, step_optimizers
 
 CPU = torch.device("cpu")
 
@@ -265,6 +269,37 @@ def test_the_phase_is_the_models_mode(tmp_path, phase, training):
     assert build_model(tmp_path, 10, CPU, phase)[0].training is training
 
 
+def test_the_origin_says_which_checkpoint_it_was_and_with_which_weights(base_dir):
+    """A model that was trained anew under the same name and step is another origin."""
+    folder = base_dir / "base_checkpoints" / "d2"
+    save_model(folder, 10)
+    first, again = (load_model("base", CPU, "train")[2]["origin"] for _ in range(2))
+    assert first == again
+    assert {**first, "fingerprint": ""} == {"source": "base", "model_tag": "d2", "step": 10, "fingerprint": ""}
+    save_model(folder, 10, randomized_model(seed=99))
+    other = load_model("base", CPU, "train")[2]["origin"]
+    assert other != first and {**other, "fingerprint": first["fingerprint"]} == first
+    json.dumps(first)
+
+
+def test_a_chat_is_with_the_furthest_stage_that_has_a_whole_model(base_dir):
+    with pytest.raises(UserError, match="no model to chat with.*speedrun.sh.*scripts.mid_train"):
+        find_chat_source()
+    save_model(base_dir / "base_checkpoints" / "d2")
+    with pytest.raises(UserError, match="no model to chat with"):
+        find_chat_source()  # a base model does not chat
+    for source, folder in (("mid", "mid_checkpoints"), ("sft", "chatsft_checkpoints"), ("rl", "chatrl_checkpoints")):
+        save_model(base_dir / folder / "any")
+        assert find_chat_source() == source
+    (base_dir / "chatrl_checkpoints" / "any" / "meta_000010.json").unlink()
+    (base_dir / "chatrl_checkpoints" / "notes.txt").write_bytes(b"")
+    assert find_chat_source() == "sft"
+    save_model(base_dir / "mid_checkpoints" / "d4")
+    assert find_chat_source("any") == "sft" and find_chat_source("d4") == "mid"
+    with pytest.raises(UserError, match="no model 'd6' to chat with"):
+        find_chat_source("d6")
+
+
 def test_an_unknown_phase_is_refused(tmp_path):
     with pytest.raises(ValueError, match="test"):
         build_model(tmp_path, 10, CPU, "test")
@@ -402,6 +437,85 @@ def test_another_tokenizer_does_not_resume(tmp_path):
     save_run(tmp_path, 50)
     with pytest.raises(UserError, match="another tokenizer.*--resume=never"):
         resume_step(tmp_path, name="another")
+
+
+@pytest.mark.parametrize("name", ["source", "model_tag", "step", "fingerprint"])
+def test_a_run_that_started_from_another_checkpoint_does_not_resume(tmp_path, name):
+    origin = {"source": "base", "model_tag": "d2", "step": 10, "fingerprint": "0123"}
+    meta = {"user_config": asdict(Config()), "tokenizer_hash": ByteTokenizer().hash, "origin": origin}
+    save_checkpoint(tmp_path, 50, {"w": torch.zeros(1)}, {}, meta)
+    assert find_resume_step(tmp_path, Config(), "auto", ByteTokenizer(), origin) == 50
+    with pytest.raises(UserError, match="another checkpoint.*--resume=never") as error:
+        find_resume_step(tmp_path, Config(), "auto", ByteTokenizer(), {**origin, name: "other"})
+    assert "\n" not in str(error.value)
+    assert find_resume_step(tmp_path, Config(), "never", ByteTokenizer(), {**origin, name: "other"}) is None
+
+
+class Run:
+    """A training run of the tiny model as the scripts have one."""
+
+    def __init__(self, seed: int = 0):
+        self.model = randomized_model(seed=seed)
+        self.optimizers = self.model.setup_optimizers()
+        self.meter = TrainMeter(1.0, CPU)
+
+    def train(self, steps: range) -> None:
+        for step in steps:
+            self.meter.start_step()
+            ids = torch.randint(257, (2, 9))  # from the global generator, which the checkpoint has to restore
+            loss = accumulate_gradients(self.model, [(ids[:, :-1], ids[:, 1:])], 16, CPU)
+            step_optimizers(self.optimizers, 0.5, 0.9)
+            self.meter.end_step(loss, 16)
+            self.meter.note_val_bpb(2.0 - step)
+
+    def save(self, folder: Path, step: int, **config) -> None:
+        data = {"cursors": {0: {"epoch": 1}}, "origin": {"step": 3}}
+        save_training(folder, step, self.model, self.optimizers, self.meter, Config(**config), ByteTokenizer(), **data)
+
+    def resume(self, folder: Path, **config) -> tuple[int, dict]:
+        config = Config(**config)
+        return resume_training(folder, self.model, self.optimizers, self.meter, config, ByteTokenizer(), {"step": 3})
+
+
+def test_a_run_that_was_saved_goes_on_in_the_same_bits(tmp_path):
+    """Weights, both optimizers, the global random numbers, the meter, and what else the run wants to know."""
+    torch.manual_seed(5)
+    whole = Run()
+    whole.train(range(3))
+    whole.save(tmp_path, 3)
+    whole.train(range(3, 6))
+    torch.manual_seed(6)
+    resumed = Run(seed=8)
+    step, meta = resumed.resume(tmp_path)
+    assert (step, meta["cursors"], meta["origin"]) == (3, {"0": {"epoch": 1}}, {"step": 3})
+    resumed.train(range(3, 6))
+    for p, q in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert resumed.meter.loss == whole.meter.loss and resumed.meter.updates == 6
+    assert resumed.meter.min_val_bpb == whole.meter.min_val_bpb == -3.0
+    assert resumed.meter.timed_steps == 0  # 6 steps in all, none of which is timed in its process
+
+
+def test_a_checkpoint_of_a_run_says_what_it_is_and_only_so_many_are_kept(tmp_path):
+    run = Run()
+    for step in (1, 2, 3):
+        run.save(tmp_path, step, save_keep=2, matrix_lr=0.5)
+    assert complete_steps(tmp_path) == [2, 3]
+    meta = read_meta(tmp_path, 3)
+    assert meta["model_config"] == asdict(run.model.config) and meta["user_config"]["matrix_lr"] == 0.5
+    assert meta["tokenizer_hash"] == ByteTokenizer().hash and meta["world_size"] == 1
+    assert "val_bpb" in meta and meta["val_bpb"] is None
+
+
+def test_a_new_run_starts_at_0_and_replaces_the_former_one(tmp_path):
+    run = Run()
+    assert run.resume(tmp_path) == (0, {})
+    run.save(tmp_path, 4)
+    weights = [p.clone() for p in Run(seed=8).model.parameters()]
+    anew = Run(seed=8)
+    assert anew.resume(tmp_path, resume="never") == (0, {})
+    assert complete_steps(tmp_path) == []
+    assert all(torch.equal(p, q) for p, q in zip(anew.model.parameters(), weights, strict=True))
 
 
 def test_clearing_removes_checkpoints_and_nothing_else(tmp_path):

@@ -14,12 +14,6 @@ ROOT = Path(__file__).parent.parent
 SHELL_SCRIPTS = [ROOT / "speedrun.sh", ROOT / ".ci" / "run", *sorted((ROOT / "runs").glob("*.sh"))]
 PACKAGES = ("nanochat", "scripts", "tasks", "dev")
 OTHER_PROGRAMS = ("pytest", "pip", "venv")  # modules that are not ours
-NOT_YET = (
-    "scripts.mid_train",
-    "scripts.chat_sft",
-    "scripts.chat_rl",
-    "scripts.chat_eval",
-)  # the report has their places
 COMMAND = re.compile(r"(?:python3?|torchrun|on_all_gpus)\s+(?:-\S+\s+)*?-m\s+(\w+(?:\.\w+)*)(?![\w.<])([^`|;&#)>]*)")
 PLACEHOLDER = re.compile(r"\$|\.\.\.|<|\[|\b[A-Z]{2,}\b")  # $DEPTH, ..., <tag>, [ARGUMENT], NAME
 
@@ -98,9 +92,6 @@ def test_the_commands_that_matter_are_found():
 def test_documented_commands_exist_with_their_settings(where, module, arguments):
     if module.split(".")[0] not in PACKAGES:
         assert module in OTHER_PROGRAMS, f"{where}: what is `python -m {module}`?"
-        return
-    if module in NOT_YET:
-        assert not path_of(module).exists(), f"{module} is there: take it out of NOT_YET"
         return
     assert path_of(module).exists(), f"{where}: there is no `python -m {module}`"
     if module == "nanochat.report":

@@ -129,6 +129,14 @@ def test_a_toml_file_overrides_the_defaults_and_the_command_line_overrides_it(tm
     assert type(config.num_iterations) is int and type(config.matrix_lr) is float
 
 
+@pytest.mark.parametrize("argv", [["--run=x.toml"], ["run=x.toml"], ["--run", "x.toml"]])
+def test_a_setting_whose_value_ends_in_toml_is_no_settings_file(tmp_path, monkeypatch, argv):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.toml").write_text("depth = 3\n", encoding="utf-8")
+    (tmp_path / "run=x.toml").write_text("depth = 3\n", encoding="utf-8")
+    assert parse(Config, argv) == Config(run="x.toml")
+
+
 @pytest.mark.parametrize(
     ("content", "part"),
     [

@@ -45,6 +45,31 @@ def test_sum_and_gradients_equal_full_logits(chunk):
     assert grads[0][targets == -1].abs().max() == 0
 
 
+def test_a_weighted_sum_and_its_gradients_equal_full_logits(chunk):
+    """Weights of both signs, some 0, and some on positions without a target."""
+    x, weight, targets = example()
+    weights = torch.randn(N, generator=torch.Generator().manual_seed(1))
+    weights[::5] = 0.0
+    loss = cross_entropy_sum(x, weight, targets, CAP, torch.float32, weights)
+    expected = (plain_loss(x, weight, targets, "none") * weights).sum()
+    torch.testing.assert_close(loss, expected, atol=1e-3, rtol=1e-5)
+    grads = torch.autograd.grad(loss * 0.3, (x, weight))
+    torch.testing.assert_close(grads, torch.autograd.grad(expected * 0.3, (x, weight)), atol=1e-4, rtol=1e-4)
+    assert grads[0][(targets == -1) | (weights == 0)].abs().max() == 0
+    with torch.no_grad():
+        without_grad = cross_entropy_sum(x, weight, targets, CAP, torch.float32, weights)
+    torch.testing.assert_close(without_grad, loss, atol=1e-3, rtol=1e-5)
+
+
+def test_weights_of_one_change_nothing_and_are_not_changed():
+    x, weight, targets = example()
+    weights = torch.ones(N)
+    losses = [cross_entropy_sum(x, weight, targets, CAP, torch.float32, w) for w in (None, weights)]
+    grads = [torch.autograd.grad(loss, (x, weight)) for loss in losses]
+    assert torch.equal(*losses) and all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert torch.equal(weights, torch.ones(N))
+
+
 def test_each_loss_and_its_gradients_equal_full_logits(chunk):
     x, weight, targets = example()
     losses = cross_entropy_each(x, weight, targets, CAP, torch.float32)

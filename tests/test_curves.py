@@ -48,6 +48,16 @@ def test_there_is_a_chart_for_each_metric_that_was_measured(tmp_path):
     assert "Validation bits per byte" not in titles
 
 
+def test_reinforcement_learning_has_charts_of_its_own(tmp_path):
+    """What chat_rl logs: rewards and lengths at every step, pass@1 to pass@8 now and then, of which one is drawn."""
+    lines = [{"step": i, "reward": i / 50, "sample_tokens": 40.0, "rollout_seconds": 1.0} for i in range(1, 50)]
+    lines += [{"step": i, "pass@1": 0.2, "pass@8": 0.5} for i in (10, 20)]
+    path = draw_curves(write(tmp_path / "metrics.jsonl", lines), tmp_path / "curves.svg")
+    titles = set(re.findall(r"<!-- (.*?) -->", path.read_text(encoding="utf-8")))
+    assert {"Reward (share of samples that are right)", "pass@1 on test problems", "Tokens per sample"} <= titles
+    assert not [title for title in titles if "pass@8" in title or "rollout" in title]
+
+
 def test_the_same_metrics_give_the_same_file(tmp_path):
     path = write(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}])
     first, second = (draw_curves(path, tmp_path / name).read_bytes() for name in ("a.svg", "b.svg"))

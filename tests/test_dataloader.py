@@ -1,4 +1,4 @@
-"""The pretraining loader: rows against a naive stream per lane, resumption, the token cache, errors, the thread."""
+"""The loaders: rows against a naive stream per lane, resumption, the token cache, errors, padded rows, the thread."""
 
 import itertools
 import json
@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,20 @@ from conftest import ByteTokenizer, write_shards
 
 from nanochat import dataloader
 from nanochat.common import UserError
-from nanochat.dataloader import Batch, check_lanes, prefetch, tokenizing_distributed_data_loader
+from nanochat.dataloader import (
+    Batch,
+    Row,
+    check_lanes,
+    conversation_data_loader,
+    count_conversations,
+    count_targets,
+    deal_rows,
+    padded_batches,
+    prefetch,
+    tokenizing_distributed_data_loader,
+)
+from nanochat.tokenizer import RustBPETokenizer
+from tasks.common import Task
 
 B, T, LANES = 4, 16, 4
 
@@ -281,7 +295,7 @@ def test_more_data_is_no_remedy_for_a_small_validation_shard(shards):
 def suggestion(num_groups: int, data_lanes: int, world_size: int) -> tuple[int, int] | None:
     """(data_lanes, world_size) that an error suggests; None where there is no error."""
     try:
-        check_lanes(num_groups, data_lanes, world_size, "train")
+        check_lanes(num_groups, data_lanes, world_size, f"the train split has {num_groups} row groups")
     except UserError as error:
         words = str(error).replace(",", " ").replace("--data_lanes=", "try ").split()
         lanes = int(words[len(words) - 1 - words[::-1].index("try") + 1])
@@ -310,11 +324,205 @@ def test_an_empty_shard_is_refused_by_name(base_dir):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Conversations and documents in packed rows
+
+
+class Examples(Task):
+    """A list of examples as a task."""
+
+    name = "examples"
+
+    def __init__(self, examples: list[dict[str, Any]]):
+        super().__init__()
+        self.examples = examples
+
+    def num_examples(self) -> int:
+        return len(self.examples)
+
+    def get_example(self, index: int) -> dict[str, Any]:
+        return self.examples[index]
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture(scope="module")
+def bpe() -> RustBPETokenizer:
+    return RustBPETokenizer.train_from_iterator(["What is the answer? It is 5."], 270)
+
+
+def mixed_examples(count: int) -> Examples:
+    """Conversations and documents of different lengths, a few of them longer than a row."""
+    rng = random.Random(4)
+    texts = [f"{i}" + "x" * rng.randint(0, 2 * T if i % 5 == 0 else 8) for i in range(count)]
+    return Examples([{"text": text} if i % 3 == 0 else chat(text, str(i)) for i, text in enumerate(texts)])
+
+
+NUM_EXAMPLES = 21  # lanes have 6, 5, 5 and 5 of them
+
+
+def chat_batches(count: int, bpe: RustBPETokenizer, batch_size: int = B, **kwargs) -> list[Batch]:
+    loader = conversation_data_loader(batch_size, T, mixed_examples(NUM_EXAMPLES), bpe, LANES, **kwargs)
+    return list(itertools.islice(loader, count))
+
+
+def chat_lanes(bpe: RustBPETokenizer) -> list[list[list[int]]]:
+    """The tokens of each conversation of each lane, cut to a row and its last target."""
+    rendered = [bpe.render_conversation(example)[0][: T + 1] for example in mixed_examples(NUM_EXAMPLES)]
+    assert max(map(len, rendered)) == T + 1 > min(map(len, rendered))
+    return [rendered[lane::LANES] for lane in range(LANES)]
+
+
+def test_packed_conversations_are_those_of_the_naive_streams(bpe):
+    """Over several epochs, every token an input once and a target once, whoever says it."""
+    streams = [sum(lane, []) * 9 for lane in chat_lanes(bpe)]
+    rows = as_rows(chat_batches(24, bpe))
+    for i, (inputs, targets) in enumerate(rows):
+        k = i // LANES * T
+        assert (inputs, targets) == (streams[i % LANES][k : k + T], streams[i % LANES][k + 1 : k + T + 1])
+    assert chat_batches(24, bpe)[-1].cursors[0]["epoch"] >= 2
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_step_holds_the_same_conversations_at_every_world_size(bpe, monkeypatch, world_size):
+    steps, rows = 12, 8
+    alone = [sorted(as_rows([batch])) for batch in chat_batches(steps, bpe, batch_size=rows)]
+    together: list[list] = [[] for _ in range(steps)]
+    for rank in range(world_size):
+        as_rank(monkeypatch, rank, world_size)
+        for step, batch in enumerate(chat_batches(steps, bpe, batch_size=rows // world_size)):
+            together[step] += as_rows([batch])
+    assert [sorted(step) for step in together] == alone
+
+
+def test_conversations_go_on_after_any_batch_in_the_first_epoch_and_later(bpe):
+    whole = chat_batches(20, bpe)
+    assert whole[-1].cursors[0]["epoch"] >= 2
+    for stop in range(1, 20):
+        resumed = chat_batches(20 - stop, bpe, cursors=merged([whole[stop - 1].cursors]))
+        assert as_rows(resumed) == as_rows(whole[stop:])
+        assert resumed[-1].cursors == whole[-1].cursors
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_conversations_are_counted_when_they_have_been_read_to_their_ends(bpe, monkeypatch, world_size):
+    """Over all ranks: 0 at first, all of them once every lane is through, and on through the second epoch."""
+    steps, rows = 12, 8
+    counts = [0] * steps
+    for rank in range(world_size):
+        if world_size > 1:
+            as_rank(monkeypatch, rank, world_size)
+        for step, batch in enumerate(chat_batches(steps, bpe, batch_size=rows // world_size)):
+            counts[step] += count_conversations(batch.cursors, NUM_EXAMPLES, LANES)
+    expected = []
+    for step in range(steps):
+        read_tokens, count = (step + 1) * rows // LANES * T, 0
+        for lane in chat_lanes(bpe):
+            ends = np.cumsum([len(conversation) for conversation in lane * 9])
+            count += int((ends <= read_tokens).sum())
+        expected.append(count)
+    assert counts == expected
+    assert counts[0] < NUM_EXAMPLES < counts[-1] and sorted(counts) == counts
+    assert count_conversations(None, NUM_EXAMPLES, LANES) == 0
+
+
+def test_the_count_is_whole_exactly_where_an_epoch_ends(bpe):
+    """Each lane has two conversations of T tokens in all, so that an epoch ends with a row."""
+    text = "x" * (T // 2 - 1)  # and <|bos|>
+    loader = conversation_data_loader(LANES, T, Examples([{"text": text}] * 2 * LANES), bpe, LANES)
+    for epoch, batch in enumerate(itertools.islice(loader, 3), start=1):
+        assert count_conversations(batch.cursors, 2 * LANES, LANES) == epoch * 2 * LANES
+
+
+def test_a_broken_conversation_is_named_with_its_task_and_index(bpe):
+    examples = mixed_examples(NUM_EXAMPLES)
+    examples.examples[13] = {"messages": [{"role": "user", "content": 5}]}
+    with pytest.raises(UserError, match="examples, row 13: message 0 has content of type int"):
+        list(itertools.islice(conversation_data_loader(B, T, examples, bpe, LANES), 12))
+
+
+@pytest.mark.parametrize(("count", "fix"), [(0, "nothing to read"), (3, "--data_lanes=2")])
+def test_too_few_conversations_for_the_lanes_are_refused_at_once(bpe, count, fix):
+    with pytest.raises(UserError, match=f"examples has {count} conversations.*{fix}"):
+        conversation_data_loader(B, T, Examples([chat("a", "b")] * count), bpe, LANES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations in rows of their own
+
+
+def some_rows(*lengths: int) -> list[Row]:
+    """Rows of distinct tokens, every second one supervised, of different weights."""
+    rows, start = [], 100
+    for number, length in enumerate(lengths):
+        tokens = list(range(start, start + length))
+        rows.append(Row(tokens, [1 - i % 2 for i in range(length)], weight=number + 0.5))
+        start += length
+    return rows
+
+
+def test_targets_are_counted_without_the_first_token_which_nothing_predicts():
+    assert count_targets(some_rows(2, 3, 6)) == 0 + 1 + 2
+    assert count_targets([]) == 0
+    assert count_targets([Row([1, 2, 3], [1, 1, 1])]) == 2
+
+
+def test_padded_batches_hold_every_row_once_shifted_masked_and_weighted():
+    rows = some_rows(5, 2, 7, 3, 4)
+    batches = list(padded_batches(rows, 2, pad_token=9, device="cpu"))
+    assert [batch[0].shape for batch in batches] == [(2, 2), (2, 4), (1, 6)]  # sorted, so that little is padding
+    found = [row for batch in batches for row in zip(*(tensor.tolist() for tensor in batch), strict=True)]
+    for row, (inputs, targets, weights) in zip(sorted(rows, key=lambda row: len(row.tokens)), found, strict=True):
+        padding = len(inputs) - len(row.tokens) + 1
+        assert inputs == row.tokens[:-1] + [9] * padding
+        expected = [t if m else -1 for t, m in zip(row.tokens[1:], row.mask[1:], strict=True)]
+        assert targets == expected + [-1] * padding
+        assert weights == [row.weight] * len(inputs)
+    for inputs, targets, weights in batches:
+        assert (inputs.dtype, targets.dtype, weights.dtype) == (torch.int64, torch.int64, torch.float32)
+    assert sum(int((batch[1] >= 0).sum()) for batch in batches) == count_targets(rows)
+
+
+def test_no_rows_give_one_row_without_a_target():
+    [(inputs, targets, _)] = padded_batches([], 4, pad_token=9, device="cpu")
+    assert inputs.tolist() == [[9]] and targets.tolist() == [[-1]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_rows_are_dealt_out_whole_and_in_about_equal_lengths(monkeypatch, world_size):
+    rng = random.Random(0)
+    rows = some_rows(*(rng.choice((3, 30, 200)) + rng.randint(0, 9) for _ in range(24)))
+    shares = []
+    for rank in range(world_size):
+        as_rank(monkeypatch, rank, world_size)
+        shares.append(deal_rows(rows))
+    assert sorted(itertools.chain(*shares)) == sorted(rows)
+    for shortest in (0, 30, 200):  # all rows, the longer ones, the longest ones: of each kind every rank has its share
+        counts = [sum(len(row.tokens) >= shortest for row in share) for share in shares]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_there_may_be_fewer_rows_than_ranks(monkeypatch):
+    as_rank(monkeypatch, 3, 4)
+    assert deal_rows(some_rows(4, 5)) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The thread
 
 
+FORMER_THREADS: set[threading.Thread] = set()
+
+
+@pytest.fixture(autouse=True)
+def former_threads() -> None:
+    """Threads that other tests have left, such as those whose errors somebody still holds, are not looked at."""
+    FORMER_THREADS.update(threading.enumerate())
+
+
 def prefetch_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch" and thread not in FORMER_THREADS]
 
 
 def test_prefetch_gives_the_same_items_in_order():

@@ -5,6 +5,7 @@ from a server that has imported torch already, so that a test takes tenths of a 
 """
 
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -23,7 +24,15 @@ from conftest import ByteTokenizer, random_tokens, randomized_model, tiny_config
 from nanochat import common
 from nanochat.checkpoint_manager import load_checkpoint, load_weights, save_checkpoint
 from nanochat.common import Runtime, UserError
-from nanochat.dataloader import gather_cursors, tokenizing_distributed_data_loader
+from nanochat.dataloader import (
+    Row,
+    count_conversations,
+    count_targets,
+    deal_rows,
+    gather_cursors,
+    padded_batches,
+    tokenizing_distributed_data_loader,
+)
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.train import StopSignal, accumulate_gradients, step_optimizers
 
@@ -35,6 +44,10 @@ PROCESSES.set_forkserver_preload(
         "nanochat.train",
         "nanochat.dataloader",
         "nanochat.checkpoint_manager",
+        "nanochat.task_eval",
+        "scripts.mid_train",
+        "scripts.chat_sft",
+        "scripts.chat_rl",
         "torch.fx.experimental.symbolic_shapes",  # two seconds, which torch takes when a model leaves the meta device
     ]
 )
@@ -275,6 +288,61 @@ def test_optimizer_states_are_whole_and_the_same_from_every_world_size(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Finetuning: conversations in rows of their own
+
+
+def conversation_rows(*lengths: int) -> list[Row]:
+    """Rows of random tokens, the last third of each supervised, and of weights of both signs."""
+    ids = random_tokens(tiny_config(), len(lengths), max(lengths)).tolist()
+    return [
+        Row(tokens[:length], [int(i >= 2 * length // 3) for i in range(length)], weight=(-1.0) ** number * 0.5)
+        for number, (tokens, length) in enumerate(zip(ids, lengths, strict=True))
+    ]
+
+
+def finetuning_step(runtime: Runtime, rows: list[Row], rows_a_micro_batch: int, is_weighted: bool) -> dict[str, Any]:
+    """One optimizer step on rows: the loss, the norm of the gradient, and the first moments, which are its shares."""
+    model = randomized_model()
+    batches = padded_batches(deal_rows(rows), rows_a_micro_batch, 5, runtime.device)
+    batches = list(batches) if is_weighted else [(inputs, targets) for inputs, targets, _ in batches]
+    loss = accumulate_gradients(model, batches, count_targets(rows), runtime.device)
+    optimizers = model.setup_optimizers()
+    norm = step_optimizers(optimizers, 0.0, 0.9)
+    adamw, muon = (optimizer.state_dict() for optimizer in optimizers)
+    moments = [first for first, _ in adamw["moments"]] + muon["momentum_buffers"]
+    return {
+        "losses": [loss],
+        "norms": [norm],
+        "moments": [moment.numpy() for moment in moments],
+        "rows": sum(len(batch[0]) for batch in batches),
+    }
+
+
+@pytest.mark.parametrize("is_weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("lengths", [(9, 9, 9, 9), (3, 4, 31, 40), (2, 2, 2, 60)], ids=["equal", "two", "one long"])
+def test_rows_on_two_ranks_in_micro_batches_or_at_once_are_the_same_step(lengths, is_weighted):
+    """1 x 4 rows = 4 x 1 rows = 2 ranks x 2 rows, also where one rank has nearly all of the targets."""
+    rows = conversation_rows(*lengths)
+    runtime = Runtime(False, 0, 0, 1, torch.device("cpu"))
+    at_once = finetuning_step(runtime, rows, 4, is_weighted)
+    assert at_once["rows"] == 4 and abs(at_once["losses"][0]) > 0.01 and at_once["norms"][0] > 0.01
+    one_by_one = finetuning_step(runtime, rows, 1, is_weighted)
+    both = run_ranks(2, finetuning_step, rows, 2, is_weighted)
+    assert [result["rows"] for result in both] == [2, 2]
+    for result in (one_by_one, *both):
+        assert_same_training({**result, "rows": 4}, at_once)
+
+
+@pytest.mark.parametrize("lengths", [(9,), ()], ids=["one row", "no rows"])
+def test_a_rank_without_rows_takes_part_in_the_step(lengths):
+    rows = conversation_rows(*lengths) if lengths else []
+    expected = finetuning_step(Runtime(False, 0, 0, 1, torch.device("cpu")), rows, 4, False)
+    for result in run_ranks(2, finetuning_step, rows, 4, False):
+        assert_same_training({**result, "rows": 1}, expected)
+    assert all(math.isfinite(value) for value in (*expected["losses"], *expected["norms"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Data and evaluation
 
 T, LANES = 16, 4
@@ -308,6 +376,17 @@ def test_loaders_of_all_ranks_are_disjoint_and_complete(shards, world_size):
         assert len(set(rows)) == len(rows) == 8
         assert sorted(rows) == sorted(expected["rows"][step])
     assert all(result["cursors"] == expected["cursors"] for result in results)
+
+
+def conversations_read(runtime: Runtime) -> int:
+    own = range(runtime.rank, LANES, runtime.world_size)
+    return count_conversations({lane: {"epoch": 1, "group": lane, "offset": 0} for lane in own}, 22, LANES)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_progress_counts_the_conversations_of_all_ranks(world_size):
+    """One epoch is 22 conversations; the second one is under way by 0, 1, 2 and 3 of them."""
+    assert run_ranks(world_size, conversations_read) == [22 + 6] * world_size
 
 
 def test_a_loader_for_more_ranks_than_lanes_fails_at_once_on_all(shards):

@@ -270,6 +270,28 @@ def test_gradients_of_all_weights_equal_those_of_full_logits():
         torch.testing.assert_close(p.grad, expected[name], atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_loss_weights_multiply_the_losses_of_a_sum():
+    """Policy gradients: the gradient is that of sum(w * CE) on full logits, to all weights of the model."""
+    model = randomized_model()
+    ids = random_tokens(model.config, 3, 9)
+    inputs, targets = ids[:, :-1], ids[:, 1:].clone()
+    targets[1, :3] = -1
+    weights = torch.tensor([[0.75], [-1.5], [0.25]]).repeat(1, 8)
+    weights[2, 4:] = 0.0
+    losses = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+    expected = (weights.flatten() * losses).sum()
+    expected.backward()
+    expected_grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    loss = model(inputs, targets, loss_reduction="sum", loss_weights=weights)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(
+            p.grad, expected_grads[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
 def test_an_unknown_reduction_is_refused():
     model = build(tiny_config())
     ids = random_tokens(model.config, 1, 4)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import zlib
 from decimal import Decimal
 from pathlib import Path
@@ -17,6 +18,8 @@ from nanochat import execution, pocket
 from nanochat.common import UserError
 from nanochat.conversation import check_conversation
 from nanochat.dataset import write_source
+from nanochat.execution import use_calculator
+from nanochat.pocket_tasks import is_test_number
 from tasks import mixtures
 from tasks.arc import ARC
 from tasks.common import Task, TaskMixture, TaskSequence, as_conversation, render_mc
@@ -26,7 +29,7 @@ from tasks.gsm8k import GSM8K, extract_answer, parse_answer
 from tasks.hub import table_folder
 from tasks.humaneval import HumanEval, complete_program, extract_program
 from tasks.mmlu import MMLU
-from tasks.pocket import PocketChat, PocketMath, PocketMC, PocketQA, says
+from tasks.pocket import PocketChat, PocketMath, PocketMC, PocketQA, PocketSums, says
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee, counted
 
@@ -569,3 +572,15 @@ def test_identity_conversations_come_from_the_base_directory(base_dir):
     base_dir.mkdir(parents=True)
     (base_dir / "identity_conversations.jsonl").write_text(json.dumps(LINE) + "\n", encoding="utf-8")
     assert IdentityConversations()[0] == {"messages": LINE}
+
+
+def test_sums_are_right_and_name_no_number_of_the_tests() -> None:
+    task = PocketSums(400)
+    for conversation in task:
+        check_conversation(conversation)
+        said, call, output, result = (part["text"] for part in conversation["messages"][-1]["content"])
+        assert use_calculator(call) == output and result == f"{output}." and said == f"{call} = "
+        assert not any(
+            is_test_number(int(number)) for number in re.findall(r"\d+", conversation["messages"][0]["content"])
+        )
+    assert len({call[-1] for call in questions(task)}) > 3 and questions(task) == questions(PocketSums(400))

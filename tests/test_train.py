@@ -4,18 +4,22 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import signal
 import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import build, random_tokens, randomized_model, tiny_config
 
 from nanochat import train
 from nanochat.common import UserError
+from nanochat.dataloader import Row, count_targets, padded_batches
 from nanochat.gpt import GPT
 from nanochat.train import (
+    WANDB_EVERY,
     MetricsLog,
     StopSignal,
     TrainMeter,
@@ -25,6 +29,7 @@ from nanochat.train import (
     is_due,
     lr_multiplier,
     muon_momentum,
+    save_or_stop,
     step_optimizers,
 )
 
@@ -172,6 +177,75 @@ def test_how_rows_are_dealt_out_to_micro_batches_changes_nothing():
         torch.testing.assert_close(grads, gradients(model), atol=1e-6, rtol=1e-4)
 
 
+def make_rows(*lengths: int, weights: tuple[float, ...] | None = None) -> list[Row]:
+    """Rows of random tokens; of those but the first about two thirds are supervised."""
+    rng = random.Random(len(lengths))
+    weights = weights or (1.0,) * len(lengths)
+    return [
+        Row([rng.randrange(257) for _ in range(length)], [0, *(int(rng.random() < 0.67) for _ in range(length - 1))], w)
+        for length, w in zip(lengths, weights, strict=True)
+    ]
+
+
+def reference_step(model: GPT, rows: list[Row]) -> tuple[float, list[torch.Tensor]]:
+    """(loss, gradients) of the weighted mean over all supervised targets, on full logits, one row at a time."""
+    model.zero_grad()
+    total = torch.zeros(())
+    for row in rows:
+        ids = torch.tensor(row.tokens)
+        losses = F.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="none")
+        total = total + row.weight * (losses * torch.tensor(row.mask[1:])).sum()
+    loss = total / sum(sum(row.mask[1:]) for row in rows)
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+@pytest.mark.parametrize(
+    "lengths", [(9, 9, 9, 9), (2, 3, 30, 31), (2, 2, 2, 60)], ids=["equal", "two sizes", "one long"]
+)
+@pytest.mark.parametrize("rows_a_micro_batch", [1, 2, 3, 4, 9])
+def test_a_finetuning_step_is_the_mean_over_all_its_supervised_tokens(lengths, rows_a_micro_batch):
+    """1 x 4 rows, 4 x 1 rows and what lies between, padded and with weights, are the same step."""
+    model = randomized_model()
+    for weights in (None, (1.0, -0.5, 0.25, 2.0)):
+        rows = make_rows(*lengths, weights=weights)
+        expected_loss, expected = reference_step(model, rows)
+        model.zero_grad()
+        batches = list(padded_batches(rows, rows_a_micro_batch, 5, CPU))
+        assert len(batches) == -(-4 // rows_a_micro_batch)
+        loss = accumulate_gradients(model, batches, count_targets(rows), CPU)
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        torch.testing.assert_close(gradients(model), expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [[], [Row([1, 2, 3], [0, 0, 0])]], ids=["no rows", "all masked"])
+def test_a_step_without_targets_is_no_nan(rows):
+    """Its gradients are there, as every rank has to have some, and they are 0."""
+    model = randomized_model()
+    loss = accumulate_gradients(model, padded_batches(rows, 4, 5, CPU), count_targets(rows), CPU)
+    assert loss == 0.0
+    assert all(grad.abs().max() == 0 for grad in gradients(model))
+
+
+def test_what_is_rewarded_gets_likelier_and_what_is_punished_less_likely():
+    """One step of policy gradient on two answers to one prompt, whose weights are their advantages."""
+    model = randomized_model()
+    prompt, answers = [7, 8, 9], ([10, 11, 12], [20, 21, 22])
+    rows = [Row(prompt + a, [0] * 3 + [1] * 3, w) for a, w in zip(answers, (0.5, -0.5), strict=True)]
+
+    @torch.no_grad()
+    def logprobs() -> list[float]:
+        ids = torch.tensor([row.tokens for row in rows])
+        losses = model(ids[:, :-1], ids[:, 1:], loss_reduction="none").view(2, -1)
+        return (-losses[:, 2:].sum(dim=1)).tolist()
+
+    before = logprobs()
+    accumulate_gradients(model, padded_batches(rows, 8, 5, CPU), count_targets(rows), CPU)
+    step_optimizers(model.setup_optimizers(), 0.02, momentum=0.95)
+    after = logprobs()
+    assert after[0] > before[0] + 0.01 and after[1] < before[1] - 0.01
+
+
 def prepared(grad_scale: float = 1.0) -> tuple[GPT, list]:
     """A model with gradients of a random loss, and its optimizers."""
     model = randomized_model()
@@ -244,15 +318,17 @@ def clock(monkeypatch):
     return now
 
 
-def run_steps(meter: TrainMeter, clock: list[float], losses: list[float], seconds: float) -> None:
+def run_steps(
+    meter: TrainMeter, clock: list[float], losses: list[float], seconds: float, num_tokens: int = 100
+) -> None:
     for loss in losses:
         meter.start_step()
         clock[0] += seconds
-        meter.end_step(loss)
+        meter.end_step(loss, num_tokens)
 
 
 def test_a_constant_loss_reads_as_itself_from_the_first_line_on(clock):
-    meter = TrainMeter(100, 1.0, CPU)
+    meter = TrainMeter(1.0, CPU)
     assert math.isnan(meter.loss)
     for _ in range(30):
         run_steps(meter, clock, [3.25], 1.0)
@@ -260,40 +336,54 @@ def test_a_constant_loss_reads_as_itself_from_the_first_line_on(clock):
 
 
 def test_the_average_weighs_recent_losses_most(clock):
-    meter = TrainMeter(100, 1.0, CPU)
+    meter = TrainMeter(1.0, CPU)
     run_steps(meter, clock, [4.0, 2.0], 1.0)
     assert meter.loss == pytest.approx((0.9 * 4 + 2) / 1.9)
 
 
 def test_time_is_counted_from_step_11_on(clock):
-    meter = TrainMeter(100, 1.0, CPU)
+    meter = TrainMeter(1.0, CPU)
     run_steps(meter, clock, [1.0] * 10, 60.0)
     assert meter.timed_seconds == 0 and meter.eta_seconds(5) is None
     run_steps(meter, clock, [1.0] * 4, 2.0)
     assert (meter.timed_steps, meter.timed_seconds) == (4, 8.0)
     assert meter.eta_seconds(5) == 10.0
-    assert meter.tokens_per_second == 50.0  # whole steps, however many micro-batches they had
+    assert meter.tokens_per_second == meter.average_tokens_per_second == 50.0  # whole steps, of any micro-batches
+
+
+def test_steps_of_different_sizes_weigh_by_their_tokens(clock):
+    """Conversations make steps of unequal lengths: 300 tokens in 1 second and 100 in 3 are 100 a second."""
+    meter = TrainMeter(1.0, CPU)
+    run_steps(meter, clock, [1.0] * 10, 1.0)
+    assert meter.average_tokens_per_second is None
+    run_steps(meter, clock, [1.0], 1.0, num_tokens=300)
+    run_steps(meter, clock, [1.0], 3.0, num_tokens=100)
+    assert meter.average_tokens_per_second == 100.0
+    assert meter.tokens_per_second == pytest.approx(100 / 3)
+    assert meter.report()["tokens_per_second"] == 100 and meter.report()["training_time_seconds"] == 4.0
 
 
 def test_mfu_is_of_the_devices_own_peak_over_all_ranks(clock, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(train, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
-    meter = TrainMeter(tokens_per_step=1_000_000, flops_per_token=312e6, device=CPU)
-    run_steps(meter, clock, [1.0] * 10 + [1.0] * 2, 0.5)
+    meter = TrainMeter(flops_per_token=312e6, device=CPU)
+    run_steps(meter, clock, [1.0] * 10 + [1.0] * 2, 0.5, num_tokens=1_000_000)
     assert meter.mfu() == meter.mfu(average=True) == pytest.approx(0.5)  # 312e12 FLOPs in half a second on four
     assert "mfu 50.0%" in meter.line(12, 100)
+    run_steps(meter, clock, [1.0], 1.0, num_tokens=1_000_000)
+    assert meter.mfu() == pytest.approx(0.25) and meter.mfu(average=True) == pytest.approx(0.375)  # 3M in 2 seconds
 
 
 def test_mfu_is_not_printed_where_the_peak_is_unknown(clock):
-    meter = TrainMeter(100, 1e9, CPU)
+    meter = TrainMeter(1e9, CPU)
     run_steps(meter, clock, [2.0] * 12, 0.5)
     assert meter.mfu() is None and meter.mfu(average=True) is None
     assert meter.line(12, 100, lr=0.5) == "step  12/100 | loss 2.0000 | lr 0.5 | 500 ms | 200 tok/s | 44s left"
 
 
 def test_a_meter_goes_on_from_its_state_by_way_of_json(clock):
-    whole, first, second = (TrainMeter(100, 1.0, CPU) for _ in range(3))
+    whole, first, second = (TrainMeter(1.0, CPU) for _ in range(3))
     losses = [5.0 - 0.1 * i for i in range(24)]
     run_steps(whole, clock, losses, 0.25)
     run_steps(first, clock, losses[:12], 0.25)
@@ -301,9 +391,17 @@ def test_a_meter_goes_on_from_its_state_by_way_of_json(clock):
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     run_steps(second, clock, losses[12:], 0.25)
     # each process has its own untimed steps: 24 - 10 in one, 2 + 2 in two
-    timed = {"timed_steps": 4, "timed_seconds": 1.0}
+    timed = {"timed_steps": 4, "timed_tokens": 400, "timed_seconds": 1.0}
     assert second.state_dict() == {**whole.state_dict(), **timed, "min_val_bpb": 1.5}
     assert second.loss == whole.loss
+
+
+def test_the_smallest_validation_value_is_kept():
+    meter = TrainMeter(1.0, CPU)
+    assert meter.min_val_bpb is None
+    for value, smallest in ((1.5, 1.5), (1.25, 1.25), (1.75, 1.25)):
+        meter.note_val_bpb(value)
+        assert meter.min_val_bpb == smallest
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,6 +447,46 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+class FakeWandb:
+    """Keeps what a wandb run is told."""
+
+    def __init__(self) -> None:
+        self.points: list[dict[str, float]] = []
+
+    def log(self, metrics: dict[str, float]) -> None:
+        self.points.append(metrics)
+
+
+def test_every_step_is_in_the_file_and_wandb_gets_the_average_now_and_then(tmp_path, clock):
+    run, meter = FakeWandb(), TrainMeter(1.0, CPU)
+    log = MetricsLog(tmp_path, wandb_run=run)
+    num_steps = 2 * WANDB_EVERY + 1
+    for step in range(1, num_steps + 1):
+        run_steps(meter, clock, [float(step)], 0.5)
+        log.log_step(step, meter, float(step), multiplier=0.25, reward=0.125)
+    lines = [json.loads(line) for line in log.path.read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines] == [line["loss"] for line in lines] == list(range(1, num_steps + 1))
+    same = {"lr_multiplier": 0.25, "tokens_per_second": 200.0, "reward": 0.125}
+    assert all(line == {"step": line["step"], "loss": line["loss"], **same} for line in lines)
+    assert [point["step"] for point in run.points] == [WANDB_EVERY, 2 * WANDB_EVERY]
+    average = 0.0
+    for loss in range(1, WANDB_EVERY + 1):
+        average = 0.9 * average + 0.1 * loss
+    assert run.points[0] == {
+        "step": WANDB_EVERY,
+        "train/loss": pytest.approx(average / (1 - 0.9**WANDB_EVERY)),
+        "train/lrm": 0.25,
+        "train/tok_per_s": 200.0,
+        "reward": 0.125,
+    }
+
+
+def test_evaluations_go_to_wandb_at_once_under_its_names(tmp_path):
+    run = FakeWandb()
+    MetricsLog(tmp_path, wandb_run=run).log(3, val_bpb=1.5, core_metric=0.25)
+    assert run.points == [{"step": 3, "val/bpb": 1.5, "core_metric": 0.25}]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Stopping
 
@@ -371,3 +509,37 @@ def test_a_second_interrupt_after_a_while_ends_at_once(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("step", "is_due", "is_last", "saves", "has_checkpoint"),
+    [
+        (5, False, False, False, False),
+        (5, True, False, True, True),
+        (5, False, True, True, True),
+        (2, True, False, False, True),  # the step from which the run goes on
+        (2, False, True, False, True),  # a finished run
+    ],
+)
+def test_a_checkpoint_is_saved_where_it_is_due_and_at_the_end(step, is_due, is_last, saves, has_checkpoint):
+    saved: list[int] = []
+    assert save_or_stop(step, 2, is_due, is_last, StopSignal(), saved.append) is has_checkpoint
+    assert saved == [step] * saves
+
+
+def test_before_the_first_step_there_is_nothing_to_save():
+    saved: list[int] = []
+    assert not save_or_stop(0, 0, True, False, StopSignal(), saved.append)
+    assert saved == []
+
+
+@pytest.mark.parametrize(("step", "saved"), [(5, [5]), (2, [])])
+def test_a_run_that_is_told_to_stop_saves_and_leaves_unless_it_is_at_its_end(capsys, step, saved):
+    stop, calls = StopSignal(), []
+    stop.received = signal.SIGTERM
+    with pytest.raises(SystemExit) as exit_info:
+        save_or_stop(step, 2, False, False, stop, calls.append)
+    assert exit_info.value.code == 143 and calls == saved
+    assert f"stopped at step {step};" in capsys.readouterr().out
+    assert save_or_stop(9, 2, False, True, stop, calls.append)
+    assert calls == [*saved, 9]
