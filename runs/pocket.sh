@@ -51,35 +51,35 @@ stage base_eval "eval_bundle/core.yaml $CHECKPOINT" "report/base_eval.json" \
     python -m scripts.base_eval --model_tag=d4
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Midtraining: conversations, multiple choice, the calculator, and some of the text lest it be forgotten
+# Midtraining: conversations, multiple choice, the calculator, and some of the text lest it be forgotten; 2M tokens
 
 MID="mid_checkpoints/d4/meta_*.json"
 CHAT_EVAL="--batch_size=128 --max_new_tokens=160"
 stage mid_train "$CHECKPOINT $DATA" "$MID" \
-    python -m scripts.mid_train --model_tag=d4 --max_seq_len=256 $BATCH --eval_every=50 --eval_tokens=$EVAL_TOKENS \
-    --data="$DATA" --save_every=100 --run="$WANDB_RUN" --resume=auto
+    python -m scripts.mid_train --model_tag=d4 --max_seq_len=256 $BATCH --warmdown_ratio=0.6 \
+    --eval_every=100 --eval_tokens=$EVAL_TOKENS --data="$DATA" --save_every=100 --run="$WANDB_RUN" --resume=auto
 stage chat_eval_mid "$MID" "report/chat_eval_mid.json" \
     python -m scripts.chat_eval -i mid --model_tag=d4 $CHAT_EVAL
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Supervised finetuning: answers
+# Supervised finetuning: answers, 290 steps of 64 conversations
 
 SFT="chatsft_checkpoints/d4/meta_*.json"
 stage chat_sft "$MID $DATA" "$SFT" \
-    python -m scripts.chat_sft --model_tag=d4 --device_batch_size=16 --target_examples_per_step=64 \
-    --init_lr_frac=0.3 --eval_every=50 --eval_steps=20 --eval_metrics_every=-1 \
+    python -m scripts.chat_sft --model_tag=d4 --device_batch_size=8 --target_examples_per_step=64 \
+    --init_lr_frac=0.3 --eval_every=100 --eval_steps=40 --eval_metrics_every=-1 \
     --data="$DATA" --save_every=100 --run="$WANDB_RUN" --resume=auto
 stage chat_eval_sft "$SFT" "report/chat_eval_sft.json" \
     python -m scripts.chat_eval -i sft --model_tag=d4 $CHAT_EVAL
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Reinforcement learning: practice with word problems
+# Reinforcement learning: practice with word problems, 12 steps of 64 questions x 16 samples
 
 RL_CHECKPOINT="chatrl_checkpoints/d4/meta_*.json"
 stage chat_rl "$SFT" "$RL_CHECKPOINT" \
-    python -m scripts.chat_rl --model_tag=d4 --num_iterations=30 --examples_per_step=16 --num_samples=16 \
-    --max_new_tokens=100 --rollout_batch_size=256 --device_batch_size=32 --eval_every=-1 \
-    --save_every=10 --run="$WANDB_RUN" --resume=auto
+    python -m scripts.chat_rl --model_tag=d4 --num_iterations=12 --examples_per_step=64 --num_samples=16 \
+    --max_new_tokens=100 --rollout_batch_size=256 --device_batch_size=16 --init_lr_frac=0.1 --eval_every=-1 \
+    --save_every=4 --run="$WANDB_RUN" --resume=auto
 stage chat_eval_rl "$RL_CHECKPOINT" "report/chat_eval_rl.json" \
     python -m scripts.chat_eval -i rl --model_tag=d4 $CHAT_EVAL
 

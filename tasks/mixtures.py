@@ -27,6 +27,7 @@ POCKET_MID_DOCUMENTS = 4000
 POCKET_MID_SUMS = 1500
 POCKET_MID_SPELLING = 2000
 POCKET_MID_SPELLING_BEE = 3000
+POCKET_SFT_DOCUMENTS = 1500  # what is not repeated is forgotten at the rates of finetuning, and asked for by PocketQA
 POCKET_SFT_CHAT = 2000
 POCKET_SFT_SUMS = 500
 POCKET_SFT_SPELLING = 300
@@ -98,6 +99,7 @@ def sft_mixture(recipe: str, data: str = "") -> TaskMixture:
             IdentityConversations(),
             SimpleSpelling("train", POCKET_SFT_SPELLING),
             SpellingBee("train", POCKET_SFT_SPELLING_BEE, languages="english"),
+            Documents(POCKET_SFT_DOCUMENTS),
         ]
     else:
         tasks = [
