@@ -272,7 +272,7 @@ def test_the_origin_is_recorded_and_another_one_refuses_to_resume(base_dir, stag
     origin = meta(base_dir, stage, "new", 2)["origin"]
     steps = {"base": 10, "mid": 4, "sft": 4}
     expected = {"source": source, "model_tag": "d2", "step": steps[source]}
-    assert origin == {**expected, "fingerprint": origin["fingerprint"]} and len(origin["fingerprint"]) == 16
+    assert expected.items() <= origin.items() and len(origin["fingerprint"]) == 16
     path = checkpoint_root(source) / f"d2/model_{steps[source]:06d}.pt"
     data = torch.load(path, weights_only=True)
     data["transformer.h.0.attn.c_q.weight"] += 1e-3  # as if it had been trained anew
@@ -286,6 +286,18 @@ def test_the_origin_is_recorded_and_another_one_refuses_to_resume(base_dir, stag
     error = capsys.readouterr().err
     assert exit_info.value.code == 1 and error.count("\n") == 1
     assert "another checkpoint" in error and "--resume=never" in error
+
+
+@pytest.mark.parametrize("stage", ["mid", "sft"])
+def test_a_run_does_not_go_on_with_more_conversations_in_its_file(base_dir, stage, tmp_path):
+    path = tmp_path / "own.jsonl"
+    line = json.dumps([{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Pico."}]) + "\n"
+    path.write_text(3 * line, encoding="utf-8")
+    train(stage, "new", num_iterations=2, data=str(path))
+    train(stage, "new", num_iterations=2, data=str(path))  # as it was
+    path.write_text(4 * line, encoding="utf-8")
+    with pytest.raises(UserError, match="with other data"):
+        train(stage, "new", num_iterations=2, data=str(path))
 
 
 def test_tag_and_step_of_the_base_model_are_honoured_and_the_context_is_ones_own(base_dir):
@@ -473,8 +485,9 @@ def test_the_first_loss_is_the_mean_over_what_assistants_say(base_dir):
     assert report_values(base_dir, "chat_sft")["supervised_tokens"] == count
 
 
-def test_conversations_that_are_cut_before_any_target_are_no_nan(base_dir):
+def test_conversations_that_are_cut_before_any_target_are_no_nan(base_dir, monkeypatch):
     """With rows of 4 tokens every conversation is cut in its question: nothing is learned, and nothing breaks."""
+    monkeypatch.setattr(chat_sft, "sft_mixture", lambda recipe, data: PocketMath("train"))
     train("sft", "new", max_seq_len=4, num_iterations=2, eval_every=2)
     assert metrics(base_dir, "sft", "new") == {1: 0.0, 2: 0.0}
     assert_equal_weights(weights(base_dir, "sft", "new", 2), weights(base_dir, "mid", "d2", 4))

@@ -322,7 +322,7 @@ def test_errors_of_the_server_are_shown_and_left_out_of_what_follows(page):
 
 
 def test_dropped_messages_are_told(context):
-    with ChatServer(context_tokens=120) as server:
+    with ChatServer(context_tokens=90) as server:
         page = open_page(context, server)
         say(page, "hello hello hello")
         assert page.get_by_text("left out").count() == 0
