@@ -198,7 +198,6 @@ def main(config: Config) -> None:
     """Reply to the prompt, or to what is typed or piped in."""
     # Setup
     check(config)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head -1` ends this as any other program, without an error
     for stream in (sys.stdin, sys.stdout):  # bytes that are no text, and text that the terminal has no bytes for
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -223,4 +222,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head -1` ends this as any other program, without an error
     main(parse(Config))
