@@ -297,7 +297,7 @@ def test_a_prompt_gives_the_reply_alone_on_stdout(environ):
 
 def test_a_pipe_with_bytes_that_are_no_text(environ):
     """And with a locale that is not UTF-8's."""
-    lines = b"Hi\n\n/what\n\xff\xfe \xed\xa0\x80 \x00\n" + b"x" * 5000 + "\n안녕 👋🏽".encode()
+    lines = b"Hi\n\n/what\n\xff\xfe \xed\xa0\x80 \x00\n" + b"x" * 30_000 + "\n안녕 👋🏽".encode()
     result = run({**environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}, "-m", "8", stdin=lines)
     assert result.returncode == 0, result.stderr
     replies = result.stdout.splitlines()
