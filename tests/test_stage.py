@@ -27,7 +27,8 @@ tokenize() {{
 }}
 stage tok "" "tok.json" tokenize --vocab_size=${{VOCAB:-300}}
 stage train "tok.json" "ckpt/meta_*.json" train --depth=${{DEPTH:-4}} --run=${{RUN:-dummy}} --resume=auto
-stage eval "ckpt/meta_*.json ${{FETCHED:-}}" "fetched" sh -c 'echo eval >>"$LOG"; echo x >"$NANOCHAT_BASE_DIR/fetched"'
+stage eval "ckpt/meta_*.json ${{FETCHED:-}} $DATA" "fetched" \\
+    sh -c 'echo eval >>"$LOG"; echo x >"$NANOCHAT_BASE_DIR/fetched"'
 """
 
 
@@ -68,6 +69,15 @@ def test_a_changed_setting_runs_the_stage_anew_and_what_reads_its_result(recipe)
     recipe()
     assert recipe(DEPTH="6") == ["train --depth=6 --run=dummy --resume=never", "eval"]
     assert recipe(DEPTH="6") == []
+
+
+def test_conversations_of_ones_own_are_read_from_where_the_recipe_is_started(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipe(2, DATA="mine.jsonl") == [] and recipe.err.count("\n") == 1 and f"{tmp_path}/mine.jsonl" in recipe.err
+    (tmp_path / "mine.jsonl").write_text("one\n", encoding="utf-8")
+    assert len(recipe(DATA="mine.jsonl")) == 3 and recipe(DATA="mine.jsonl") == []
+    (tmp_path / "mine.jsonl").write_text("two\n", encoding="utf-8")
+    assert recipe(DATA="mine.jsonl") == ["eval"]
 
 
 def test_the_name_of_the_wandb_run_is_no_such_setting(recipe):
