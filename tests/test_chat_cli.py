@@ -5,6 +5,7 @@ import io
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -333,9 +334,15 @@ class Terminal:
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # a terminal of its own, or Ctrl-C is no signal
+            preexec_fn=self._own_terminal,
         )
         os.close(theirs)
+
+    @staticmethod
+    def _own_terminal() -> None:
+        """In the child: without a terminal of its own Ctrl-C is no signal, and a shell's background job ignores it."""
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def type(self, text: str) -> None:
         os.write(self.own, text.encode("utf-8"))
