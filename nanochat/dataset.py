@@ -126,7 +126,7 @@ def row_groups(files: Iterable[str | Path]) -> list[RowGroup]:
     groups = []
     for path in map(Path, files):
         try:
-            footer = _read_footer(path)
+            footer = _read_shard_footer(path)
         except ValueError as error:
             raise UserError(f"{path}: {error}; delete it, then {HOW_TO_GET_DATA}") from None
         counts = [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
@@ -178,8 +178,8 @@ def shard_fingerprint(path: str | Path) -> str:
         return hashlib.sha256(file.read() + str(size).encode()).hexdigest()[:16]
 
 
-def _read_footer(path: Path) -> pq.FileMetaData:
-    """The footer of a shard. Raises ValueError saying what is wrong with the file, without its name."""
+def read_footer(path: Path) -> pq.FileMetaData:
+    """The footer of a whole Parquet file. Raises ValueError saying what is wrong with the file, without its name."""
     with open(path, "rb") as file:
         head = file.read(4)
         file.seek(-min(4, len(head)), os.SEEK_END)
@@ -189,9 +189,17 @@ def _read_footer(path: Path) -> pq.FileMetaData:
     if tail != b"PAR1":
         raise ValueError("it is cut short (the Parquet footer is missing)")
     try:
-        footer = pq.read_metadata(path)
-        schema = footer.schema.to_arrow_schema()
+        return pq.read_metadata(path)
     except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"its Parquet footer is damaged ({error})") from None
+
+
+def _read_shard_footer(path: Path) -> pq.FileMetaData:
+    """The footer of a shard. Raises ValueError saying what is wrong with the file, without its name."""
+    footer = read_footer(path)
+    try:
+        schema = footer.schema.to_arrow_schema()
+    except pa.ArrowException as error:
         raise ValueError(f"its Parquet footer is damaged ({error})") from None
     if "text" not in schema.names:
         raise ValueError(f"it has no column `text` (it has: {', '.join(schema.names)})")
@@ -310,7 +318,7 @@ class Source:
     def fetch(self, index: int, path: Path, report: Callable[[int, int], None]) -> None:
         """Bring a shard to path, whole and checked, replacing what is there. Raises UserError."""
         if self.base:
-            download_file(self.base + shard_name(index), path, _read_footer, report=report, first_contact=False)
+            download_file(self.base + shard_name(index), path, _read_shard_footer, report=report, first_contact=False)
             return
         row_groups([self.files[index]])
         _link_or_copy(self.files[index], path)
@@ -363,7 +371,7 @@ def missing_shards(folder: Path, indices: Iterable[int]) -> list[int]:
     for index in indices:
         path = folder / shard_name(index)
         try:
-            _read_footer(path)
+            _read_shard_footer(path)
         except FileNotFoundError:
             missing.append(index)
         except ValueError as error:

@@ -93,6 +93,18 @@ def evaluation_steps(
     return max(1, round(eval_tokens / (device_batch_size * sequence_len * world_size * whole))) * whole
 
 
+def count_epoch_iterations(num_iterations: int, num_epochs: int, num_examples: int, examples_per_step: int) -> int:
+    """Optimizer steps: num_iterations if it is set, else whole steps through num_epochs epochs, at least one.
+
+    Raises UserError where neither says how long to train.
+    """
+    if num_iterations > 0:
+        return num_iterations
+    if num_epochs < 1:
+        raise UserError(f"no horizon: --num_epochs={num_epochs} must be at least 1, or set --num_iterations")
+    return max(1, num_epochs * num_examples // examples_per_step)
+
+
 def is_due(step: int, every: int) -> bool:
     """Whether what happens every so many steps happens at this one; -1 (or 0) is never."""
     return every > 0 and step % every == 0

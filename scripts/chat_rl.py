@@ -39,6 +39,7 @@ from nanochat.train import (
     StopSignal,
     TrainMeter,
     accumulate_gradients,
+    count_epoch_iterations,
     is_due,
     lr_multiplier,
     save_or_stop,
@@ -90,15 +91,6 @@ class Rollouts(NamedTuple):
     rows: list[Row]  # those that have something to teach, the advantage as their weight
     num_targets: int  # sampled tokens of all rows, whether they teach or not
     rewards: list[float]
-
-
-def count_iterations(config: Config, num_questions: int) -> int:
-    """Optimizer steps: num_iterations, or whole steps through num_epochs epochs, at least one."""
-    if config.num_iterations > 0:
-        return config.num_iterations
-    if config.num_epochs < 1:
-        raise UserError(f"no horizon: --num_epochs={config.num_epochs} must be at least 1, or set --num_iterations")
-    return max(1, config.num_epochs * num_questions // config.examples_per_step)
 
 
 def sample_rollouts(model: Any, tokenizer: Any, task: Any, step: int, config: Config) -> Rollouts:
@@ -162,7 +154,9 @@ def main(config: Config) -> dict[str, float]:
     # Data
     recipe = find_recipe()
     task, eval_task = rl_task(recipe, "train"), rl_task(recipe, "test")
-    num_iterations = count_iterations(config, len(task))
+    num_iterations = count_epoch_iterations(
+        config.num_iterations, config.num_epochs, len(task), config.examples_per_step
+    )
     print0(
         f"{len(task):,} questions ({task.name}), {num_iterations:,} steps of {config.examples_per_step} questions "
         f"x {config.num_samples} samples"

@@ -25,6 +25,7 @@ from nanochat.train import (
     StopSignal,
     TrainMeter,
     accumulate_gradients,
+    count_epoch_iterations,
     is_due,
     lr_multiplier,
     save_or_stop,
@@ -66,15 +67,6 @@ class Config:
     resume: str = opt("auto", "take up an unfinished run of these settings, or start anew", choices=("auto", "never"))
 
 
-def count_iterations(config: Config, num_examples: int) -> int:
-    """Optimizer steps: num_iterations, or whole steps through num_epochs epochs, at least one."""
-    if config.num_iterations > 0:
-        return config.num_iterations
-    if config.num_epochs < 1:
-        raise UserError(f"no horizon: --num_epochs={config.num_epochs} must be at least 1, or set --num_iterations")
-    return max(1, config.num_epochs * num_examples // config.target_examples_per_step)
-
-
 def render_rows(task: Any, tokenizer: Any, indices: range, max_seq_len: int) -> list[Row]:
     """The rows of these examples of a task, which is read round and round; those without any target are left out."""
     rows = [Row(*render_example(tokenizer, task, index % len(task), max_seq_len + 1)) for index in indices]
@@ -113,7 +105,9 @@ def main(config: Config) -> dict[str, float]:
 
     # -----------------------------------------------------------------------------------------------------------------
     # Data
-    num_iterations = count_iterations(config, len(train_task))
+    num_iterations = count_epoch_iterations(
+        config.num_iterations, config.num_epochs, len(train_task), examples_per_step
+    )
     print0(
         f"{len(train_task):,} conversations of the {recipe} mixture, {num_iterations:,} steps of {examples_per_step}"
     )

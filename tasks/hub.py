@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import UserError, atomic_write, file_lock, get_base_dir, print0
+from nanochat.dataset import read_footer
 from nanochat.download import HUB, download_file, hub_url
 
 POCKET_OWNER = "pocket"  # tables of the pocket world are written by nanochat.pocket and are on no hub
@@ -74,25 +75,9 @@ def is_complete(folder: Path) -> bool:
     return names is not None and all(_is_parquet(folder / name) for name in names)
 
 
-def check_parquet(path: Path) -> None:
-    """Raise ValueError saying what is wrong with a file that is no whole Parquet file."""
-    with open(path, "rb") as file:
-        head = file.read(4)
-        file.seek(-min(4, len(head)), os.SEEK_END)
-        tail = file.read()
-    if head != b"PAR1":
-        raise ValueError(f"it is no Parquet file (it begins with {head!r})")
-    if tail != b"PAR1":
-        raise ValueError("it is cut short (the Parquet footer is missing)")
-    try:
-        pq.read_metadata(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"its Parquet footer is damaged ({error})") from None
-
-
 def _is_parquet(path: Path) -> bool:
     try:
-        check_parquet(path)
+        read_footer(path)
     except (ValueError, OSError):
         return False
     return True
@@ -109,7 +94,7 @@ def _fetch_table(repo: str, subset: str, split: str, folder: Path) -> None:
         missing = [(url, name) for url, name in zip(urls, names, strict=True) if not _is_parquet(folder / name)]
         print0(f"fetching {what}: {len(missing)} of {len(names)} files into {folder}")
         for url, name in missing:
-            download_file(url, folder / name, check_parquet)
+            download_file(url, folder / name, read_footer)
     except UserError as error:
         raise UserError(
             f"{what} cannot be fetched ({error}); or put its parquet files into {folder} yourself, with a manifest.json"

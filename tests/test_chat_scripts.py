@@ -493,19 +493,6 @@ def test_conversations_that_are_cut_before_any_target_are_no_nan(base_dir, monke
     assert_equal_weights(weights(base_dir, "sft", "new", 2), weights(base_dir, "mid", "d2", 4))
 
 
-def test_finetuning_goes_through_whole_epochs():
-    config = chat_sft.Config(target_examples_per_step=8)
-    assert chat_sft.count_iterations(config, 80) == 10
-    assert chat_sft.count_iterations(config, 87) == 10  # whole steps
-    assert chat_sft.count_iterations(config, 3) == 1
-    config.num_epochs = 3
-    assert chat_sft.count_iterations(config, 87) == 32
-    config.num_iterations = 5
-    assert chat_sft.count_iterations(config, 87) == 5
-    with pytest.raises(UserError, match="no horizon"):
-        chat_sft.count_iterations(chat_sft.Config(num_epochs=0), 80)
-
-
 def test_finetuning_takes_a_base_model_too(base_dir):
     train("sft", "new", source="base", num_iterations=2)
     assert meta(base_dir, "sft", "new", 2)["origin"]["source"] == "base"

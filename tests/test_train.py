@@ -24,6 +24,7 @@ from nanochat.train import (
     StopSignal,
     TrainMeter,
     accumulate_gradients,
+    count_epoch_iterations,
     evaluation_steps,
     gradient_accumulation_steps,
     is_due,
@@ -543,3 +544,12 @@ def test_a_run_that_is_told_to_stop_saves_and_leaves_unless_it_is_at_its_end(cap
     assert f"stopped at step {step};" in capsys.readouterr().out
     assert save_or_stop(9, 2, False, True, stop, calls.append)
     assert calls == [*saved, 9]
+
+
+def test_epochs_are_gone_through_in_whole_steps():
+    assert count_epoch_iterations(-1, 1, 80, 8) == count_epoch_iterations(-1, 1, 87, 8) == 10
+    assert count_epoch_iterations(-1, 1, 3, 8) == 1
+    assert count_epoch_iterations(-1, 3, 87, 8) == 32
+    assert count_epoch_iterations(5, 3, 87, 8) == 5
+    with pytest.raises(UserError, match="no horizon"):
+        count_epoch_iterations(-1, 0, 80, 8)
