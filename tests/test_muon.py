@@ -30,18 +30,27 @@ def test_singular_values_move_near_one_and_singular_vectors_stay(shape):
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=["tall", "wide"])
 def test_all_singular_values_of_a_well_conditioned_matrix_are_near_one(shape):
     torch.manual_seed(0)
-    values = singular_values(orthogonalize(torch.randn(shape)))
+    values = singular_values(orthogonalize(torch.randn(1, *shape)))
     assert 0.6 < values.min() and values.max() < 1.3
 
 
 def test_the_scale_of_a_matrix_does_not_matter():
     torch.manual_seed(0)
-    matrix = torch.randn(16, 16)
+    matrix = torch.randn(1, 16, 16)
     torch.testing.assert_close(orthogonalize(1e-3 * matrix), orthogonalize(1e3 * matrix), atol=1e-3, rtol=0)
 
 
 def test_a_zero_matrix_stays_zero():
     assert orthogonalize(torch.zeros(2, 8, 4)).abs().max() == 0
+
+
+def test_a_matrix_of_low_rank_stays_of_low_rank():
+    """Following the Gram matrix alone must not let rounding errors of its zero eigenvalues grow."""
+    torch.manual_seed(0)
+    low_rank = torch.randn(2, 32, 4) @ torch.randn(2, 4, 256)
+    values = singular_values(orthogonalize(low_rank))
+    assert 0.6 < values[:, :4].min() and values.max() < 1.3
+    assert values[:, 4:].max() < 1e-3
 
 
 def naive_step(param, gradient, buffer, lr, momentum):
