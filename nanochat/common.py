@@ -3,8 +3,13 @@
 One code path serves every world size: the collectives below are the identity on one process, so no caller asks whether
 there are several. compute_init starts NCCL on CUDA and Gloo on a CPU, as torchrun's environment says.
 
-The dtype policy is here and nowhere else: matmuls in bfloat16 on CUDA devices that have it, else float32; there is no
-bfloat16 arithmetic on a CPU, where it is about a hundred times slower than float32.
+What a kind of device wants is decided here and nowhere else:
+
+- dtype: matmuls in bfloat16 on CUDA devices that have it, else float32. There is no bfloat16 arithmetic on a CPU, where
+  it is about a hundred times slower. What stays in float32 on CUDA is multiplied in TF32;
+- attention: torch's scaled_dot_product_attention, which takes its flash kernel where queries, keys and values are in
+  that dtype and the mask is the causal one, as in training. There is nothing to set;
+- torch.compile, pinned batches, and an allocator whose segments grow, all on CUDA alone.
 """
 
 import contextlib
@@ -34,6 +39,9 @@ PEAK_FLOPS = {
     "4090": 165e12,
     "3090": 71e12,
 }
+
+# Where a user says how torch's CUDA allocator works; what is set is left as it is
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 class UserError(ValueError):
@@ -118,7 +126,10 @@ def compute_init(device_type: str = "", seed: int = 42) -> Runtime:
     if device_type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"there are {torch.cuda.device_count()} GPUs: start at most as many processes")
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+        # Segments that grow leave no holes where rows of other lengths come. torch reads this at its first allocation
+        if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+            os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+        torch.set_float32_matmul_precision("high")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
@@ -239,6 +250,20 @@ def autocast(device: torch.device | str) -> contextlib.AbstractContextManager:
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device_type=torch.device(device).type, dtype=dtype)
+
+
+def compile_model(model: Any, setting: int) -> Any:
+    """The model to train with: torch.compile of it (setting 1), itself (0), or what its device wants (-1).
+
+    Both have the same weights. Sample from the plain one, whose shapes may change.
+    """
+    wanted = model.get_device().type == "cuda" if setting < 0 else bool(setting)
+    return torch.compile(model, dynamic=False) if wanted else model
+
+
+def pin(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The tensor in pinned memory where it is bound for CUDA: copied with non_blocking, nobody waits for it."""
+    return tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
 
 
 def device_name(device: torch.device | str) -> str:

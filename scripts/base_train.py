@@ -16,6 +16,7 @@ from nanochat.checkpoint_manager import checkpoint_root, resume_training, save_t
 from nanochat.common import (
     UserError,
     autocast,
+    compile_model,
     compute_init,
     format_seconds,
     init_wandb,
@@ -162,8 +163,7 @@ def main(config: Config) -> dict[str, float]:
     if start_step:
         check_shards(meta["shards"], shards)
         cursors = {int(lane): cursor for lane, cursor in meta["cursors"].items()}
-    should_compile = device.type == "cuda" if config.compile < 0 else bool(config.compile)
-    train_model = torch.compile(model, dynamic=False) if should_compile else model  # samples come from the plain one
+    train_model = compile_model(model, config.compile)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Data

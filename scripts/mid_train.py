@@ -10,10 +10,8 @@ it. A run that was interrupted or killed is taken up again by the same command.
 
 from dataclasses import asdict, dataclass
 
-import torch
-
 from nanochat.checkpoint_manager import checkpoint_root, load_model, resume_training, save_training, update_meta
-from nanochat.common import compute_init, init_wandb, print0, print_banner, user_errors
+from nanochat.common import compile_model, compute_init, init_wandb, print0, print_banner, user_errors
 from nanochat.configurator import opt, parse
 from nanochat.dataloader import DATA_LANES, conversation_data_loader, count_conversations, gather_cursors
 from nanochat.loss_eval import evaluate_bpb
@@ -95,8 +93,7 @@ def main(config: Config) -> dict[str, float]:
     origin = {**base_meta["origin"], "conversations": num_conversations}  # the cursors are positions in these
     start_step, meta = resume_training(checkpoint_dir, model, optimizers, meter, config, tokenizer, origin)
     cursors = {int(lane): cursor for lane, cursor in meta["cursors"].items()} if start_step else None
-    should_compile = device.type == "cuda" if config.compile < 0 else bool(config.compile)
-    train_model = torch.compile(model, dynamic=False) if should_compile else model
+    train_model = compile_model(model, config.compile)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Data
