@@ -2,8 +2,8 @@
 
 The parts have tests of their own beside their modules. Here is what those leave out: gradients through the whole model,
 Muon against the polar factor of a singular value decomposition, positions far out, small inputs, whole schedules; and
-the recipe at once, 200 steps whose losses are those of a plain program in float64. They are recorded in loss_curve.txt,
-one a line; this writes them anew:
+the recipe at once, 200 steps whose losses are those of a plain program in float64, and 25 in the dtypes of CUDA. The
+losses are recorded in loss_curve.txt, one a line; this writes them anew:
 
     PYTHONPATH=. python tests/test_numerics.py
 """
@@ -17,11 +17,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build, random_tokens, randomized_model, tiny_config
+from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat import gpt, muon
+from nanochat import gpt, muon, train
 from nanochat.adamw import AdamW
-from nanochat.gpt import GPT, GPTConfig, norm
+from nanochat.gpt import GPT, GPTConfig, config_from_depth, norm
 from nanochat.muon import orthogonalize
 from nanochat.train import accumulate_gradients, lr_multiplier, muon_momentum, step_optimizers
 
@@ -337,6 +338,56 @@ def test_a_changed_formula_leaves_the_curve(change, monkeypatch):
     owner, name, value, steps = CHANGES[change]
     monkeypatch.setattr(owner, name, value)
     assert largest_difference(trained_losses(steps)) > TOLERANCE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The dtypes of CUDA, on a CPU: small shapes, as bfloat16 is slow there
+
+
+@pytest.fixture
+def cuda_dtypes(monkeypatch):
+    """Everything computes as on CUDA devices that have bfloat16."""
+    for module in (gpt, muon):
+        monkeypatch.setattr(module, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(train, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+
+
+def test_in_bf16_the_losses_stay_near_those_of_float64(cuda_dtypes):
+    """After 25 steps they are off by 6e-4, after 100 by 4e-3 (measured): there is no drift to one side."""
+    assert starting_model().transformer.wte.weight.dtype == torch.bfloat16
+    losses = trained_losses(25)
+    assert 1e-5 < largest_difference(losses) < 3e-3  # and they did go through bfloat16
+    assert abs(np.mean(np.subtract(losses, recorded_losses()[:25]))) < 5e-4
+
+
+def test_in_bf16_muon_stays_in_its_band(cuda_dtypes):
+    """The iteration in bfloat16 is off by 0.055 of its float32 result; it has no way to diverge."""
+    torch.manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))[0] for _ in range(2))
+    values = torch.logspace(0, -1.4, 64, dtype=torch.float64)
+    result = orthogonalize((U * values @ V.mT).float())
+    assert result.dtype == torch.bfloat16
+    ends = torch.linalg.svdvals(result.double())
+    assert 0.64 < ends.min() and ends.max() < 1.18
+    expected = U * five_steps(values / values.norm()) @ V.mT
+    assert torch.linalg.matrix_norm(result.double() - expected, 2) < 0.1
+
+
+def test_attention_in_training_is_what_the_flash_kernel_takes(cuda_dtypes, monkeypatch):
+    """One 16-bit dtype, the causal mask and no other, heads of at most 256: a CPU then takes its flash kernel."""
+    calls = []
+    attend = F.scaled_dot_product_attention
+
+    def record(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
+        backend = torch._fused_sdp_choice(q, k, v, attn_mask, 0.0, is_causal, enable_gqa=enable_gqa)
+        calls.append(({q.dtype, k.dtype, v.dtype}, attn_mask, is_causal, SDPBackend(backend)))
+        return attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    model, rows = starting_model(), generated_rows()
+    accumulate_gradients(model, [targets_of(rows[0])], 1, CPU)
+    assert calls == [({torch.bfloat16}, None, True, SDPBackend.FLASH_ATTENTION)] * SHAPE.n_layer
+    assert max(config_from_depth(depth, 64, 64).head_dim for depth in range(1, 33)) <= 256
 
 
 if __name__ == "__main__":
