@@ -24,6 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import psutil
 import torch
 import torch.distributed as dist
 from filelock import FileLock
@@ -287,6 +288,22 @@ def peak_memory_bytes(device: torch.device | str) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def usable_memory_bytes(device: torch.device | str) -> int:
+    """How much memory this process may use on its device in all: what is free, and on CUDA what it holds already.
+
+    On a CPU the processes of this machine share what is available.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def release_memory(device: torch.device | str) -> None:
+    """Give back what torch's CUDA allocator holds and does not use. Nothing to do on a CPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def synchronize(device: torch.device | str) -> None:
