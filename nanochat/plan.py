@@ -112,7 +112,7 @@ def choose_batch_size(
 
     They divide rows, those of an optimizer step on one device, or MAX_BATCH_TOKENS' (-1), beyond which they never go.
     """
-    most = max(1, MAX_BATCH_TOKENS // config.sequence_len)
+    most = max(1, MAX_BATCH_TOKENS // max(1, config.sequence_len))
     usable = USABLE_SHARE.get(device_type, 0.5) * memory_bytes
     divisors = [n for n in range(most, 0, -1) if (rows if rows > 0 else most) % n == 0]
     fits = (n for n in divisors if estimate_memory(config, n, world_size, device_type, dtype) <= usable)
@@ -122,13 +122,15 @@ def choose_batch_size(
 def fit_batch_size(setting: int, config: GPTConfig, tokens: int, device: torch.device) -> int:
     """The device_batch_size of a run: the setting, or for -1 the most rows that fit all ranks' devices, at least 1.
 
-    tokens: of an optimizer step, over all ranks. Every rank must call.
+    tokens: of an optimizer step, over all ranks. Every rank must call. Raises UserError for another setting below 1.
     """
+    if setting < 1 and setting != -1:
+        raise UserError(f"--device_batch_size={setting} must be at least 1, or -1 for the most that fit")
     if setting != -1:
         return setting
     world_size, dtype = get_dist_info()[3], compute_dtype(device)
     memory_bytes = min(gather_objects(usable_memory_bytes(device)))
-    rows = max(1, tokens // (config.sequence_len * world_size))
+    rows = max(1, tokens // max(1, config.sequence_len * world_size))
     return choose_batch_size(config, world_size, memory_bytes, rows, device.type, dtype) or 1
 
 
@@ -206,9 +208,10 @@ def describe_run(
         accumulation = gradient_accumulation_steps(total_batch_size, B, config.sequence_len, world_size, data_lanes)
         needed = estimate_memory(config, B, world_size)
         seconds = flops / (ASSUMED_MFU * PEAK_FLOPS[name] * world_size)
-        prices.append(f"${hourly_cost([name]):.2f} ({name})")
+        price = hourly_cost([name]) or 0.0
+        prices.append(f"${price:.2f} ({name})")
         lines.append(
-            f"{count} x {name}: {format_seconds(seconds)}, ${hourly_cost([name] * count) * seconds / 3600:,.0f}; "
+            f"{count} x {name}: {format_seconds(seconds)}, ${price * count * seconds / 3600:,.0f}; "
             f"{world_size} processes x {accumulation} micro-batches x {B} rows; {needed / 2**30:.1f} GiB a rank "
             f"{'of' if needed <= usable * memory else 'do not fit'} {usable * memory / 2**30:.1f}"
         )

@@ -84,8 +84,8 @@ def main(config: Config) -> dict[str, float]:
     runtime = compute_init(config.device_type)
     device = runtime.device
     examples_per_step = config.target_examples_per_step
-    for name in ("device_batch_size", "target_examples_per_step", "eval_steps"):
-        if getattr(config, name) < 1 and (name, getattr(config, name)) != ("device_batch_size", -1):
+    for name in ("target_examples_per_step", "eval_steps"):
+        if getattr(config, name) < 1:
             raise UserError(f"--{name}={getattr(config, name)} must be at least 1")
 
     # -----------------------------------------------------------------------------------------------------------------
