@@ -40,7 +40,7 @@ CHAT_SOURCES = ("rl", "sft", "mid")  # the stages whose models chat, the furthes
 # portions it is computed, what is measured and what is kept, not what is trained. runs/stage.sh has the same list.
 FREE_SETTINGS = (
     *("run", "resume", "device_type", "device_batch_size", "compile", "tokenized_cache"),
-    *("eval_", "sample_", "save_", "core_metric_"),
+    *("eval_", "sample_", "save_", "core_metric_", "plan"),
 )
 
 

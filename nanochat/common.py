@@ -3,8 +3,13 @@
 One code path serves every world size: the collectives below are the identity on one process, so no caller asks whether
 there are several. compute_init starts NCCL on CUDA and Gloo on a CPU, as torchrun's environment says.
 
-The dtype policy is here and nowhere else: matmuls in bfloat16 on CUDA devices that have it, else float32; there is no
-bfloat16 arithmetic on a CPU, where it is about a hundred times slower than float32.
+What a kind of device wants is decided here and nowhere else:
+
+- dtype: matmuls in bfloat16 on CUDA devices that have it, else float32. There is no bfloat16 arithmetic on a CPU, where
+  it is about a hundred times slower. What stays in float32 on CUDA is multiplied in TF32;
+- attention: torch's scaled_dot_product_attention, which takes its flash kernel where queries, keys and values are in
+  that dtype and the mask is the causal one, as in training. There is nothing to set;
+- torch.compile, pinned batches, and an allocator whose segments grow, all on CUDA alone.
 """
 
 import contextlib
@@ -19,6 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import psutil
 import torch
 import torch.distributed as dist
 from filelock import FileLock
@@ -34,6 +40,9 @@ PEAK_FLOPS = {
     "4090": 165e12,
     "3090": 71e12,
 }
+
+# Where a user says how torch's CUDA allocator works; what is set is left as it is
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 class UserError(ValueError):
@@ -118,7 +127,10 @@ def compute_init(device_type: str = "", seed: int = 42) -> Runtime:
     if device_type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"there are {torch.cuda.device_count()} GPUs: start at most as many processes")
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+        # Segments that grow leave no holes where rows of other lengths come. torch reads this at its first allocation
+        if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+            os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+        torch.set_float32_matmul_precision("high")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
@@ -241,6 +253,20 @@ def autocast(device: torch.device | str) -> contextlib.AbstractContextManager:
     return torch.autocast(device_type=torch.device(device).type, dtype=dtype)
 
 
+def compile_model(model: Any, setting: int) -> Any:
+    """The model to train with: torch.compile of it (setting 1), itself (0), or what its device wants (-1).
+
+    Both have the same weights. Sample from the plain one, whose shapes may change.
+    """
+    wanted = model.get_device().type == "cuda" if setting < 0 else bool(setting)
+    return torch.compile(model, dynamic=False) if wanted else model
+
+
+def pin(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The tensor in pinned memory where it is bound for CUDA: copied with non_blocking, nobody waits for it."""
+    return tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+
+
 def device_name(device: torch.device | str) -> str:
     """The name that the hardware gives itself, such as 'NVIDIA H100 80GB HBM3'; 'cpu' or 'mps' otherwise."""
     device = torch.device(device)
@@ -262,6 +288,22 @@ def peak_memory_bytes(device: torch.device | str) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def usable_memory_bytes(device: torch.device | str) -> int:
+    """How much memory this process may use on its device in all: what is free, and on CUDA what it holds already.
+
+    On a CPU the processes of this machine share what is available.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def release_memory(device: torch.device | str) -> None:
+    """Give back what torch's CUDA allocator holds and does not use. Nothing to do on a CPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def synchronize(device: torch.device | str) -> None:

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from nanochat.common import UserError, all_reduce_sum, atomic_write, gather_objects, get_base_dir, get_dist_info
+from nanochat.common import UserError, all_reduce_sum, atomic_write, gather_objects, get_base_dir, get_dist_info, pin
 from nanochat.conversation import ConversationError
 from nanochat.cross_entropy import IGNORE_INDEX
 from nanochat.dataset import RowGroup, read_row_group, row_groups, shard_fingerprint, split_files
@@ -246,9 +246,7 @@ def _packed_batches(
                 lanes[own[next_row % len(own)]].read_row(row)
                 next_row += 1
             # contiguous copies: CUDA copies views through pageable memory, pinned or not
-            inputs, targets = torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
-            if torch.device(device).type == "cuda":
-                inputs, targets = inputs.pin_memory(), targets.pin_memory()
+            inputs, targets = (pin(torch.from_numpy(part.copy()), device) for part in (rows[:, :-1], rows[:, 1:]))
             yield Batch(inputs, targets, {lane: lanes[lane].cursor() for lane in own})
 
     return _on_device(prefetch(batches(), PREFETCH_BATCHES), torch.device(device))
@@ -318,7 +316,8 @@ def padded_batches(
             inputs[i, : len(tokens) - 1] = tokens[:-1]
             targets[i, : len(tokens) - 1] = np.where(mask, tokens[1:], IGNORE_INDEX)
         weights = np.repeat(np.array([[row.weight] for row in part], dtype=np.float32), longest, axis=1)
-        yield tuple(torch.from_numpy(array).to(device) for array in (inputs, targets, weights))
+        tensors = (pin(torch.from_numpy(array), device) for array in (inputs, targets, weights))
+        yield tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

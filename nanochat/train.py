@@ -4,6 +4,7 @@ The loops themselves stay in the scripts, where they can be read from top to bot
 trains on: a step is a list of (inputs, targets) micro-batches and a number of targets to divide the loss by.
 """
 
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from nanochat.common import (
     peak_flops,
     peak_memory_bytes,
     print0,
+    release_memory,
     synchronize,
 )
 from nanochat.engine import Engine
@@ -136,8 +138,31 @@ def muon_momentum(step: int) -> float:
 # One optimizer step
 
 
+class Portions:
+    """How many rows of a micro-batch go through the model at once: all, and half as many each time memory runs out.
+
+    rows: all, the same on every rank. What a step computes stays the same to rounding, as its loss is a sum.
+    """
+
+    def __init__(self, rows: int):
+        self.rows = rows
+
+    def split(self, micro_batch: tuple[torch.Tensor, ...]) -> Iterable[tuple[torch.Tensor, ...]]:
+        """The rows of a micro-batch, so many at a time."""
+        return zip(*(tensor.split(self.rows) for tensor in micro_batch), strict=True)
+
+    def halve(self) -> None:
+        """From now on half as many rows. Every rank must call."""
+        print0(f"out of memory with {self.rows} rows at once: going on with {self.rows // 2}, the batch stays the same")
+        self.rows //= 2
+
+
 def accumulate_gradients(
-    model: Any, micro_batches: Iterable[tuple[torch.Tensor, ...]], num_targets: int, device: torch.device
+    model: Any,
+    micro_batches: Iterable[tuple[torch.Tensor, ...]],
+    num_targets: int,
+    device: torch.device,
+    portions: Portions | None = None,
 ) -> float:
     """Add up the gradients of a step's micro-batches; return the step's loss, the mean over all ranks, in nats.
 
@@ -145,15 +170,38 @@ def accumulate_gradients(
     the losses; num_targets counts the supervised targets of the whole step over all ranks. The loss is the sum over
     targets divided by it, so that how the rows are dealt out to micro-batches and ranks changes nothing. Optimizers
     average gradients over ranks, hence the world size in the scale. Every rank must call.
+
+    Where memory runs out on any rank, all throw the step's gradients away and go through the same rows again, in
+    smaller portions. Without portions, and at one row, it is the caller's torch.OutOfMemoryError.
     """
-    world_size = get_dist_info()[3]
-    total = torch.zeros((), device=device)
-    for inputs, targets, *weights in micro_batches:
-        with autocast(device):
-            loss = model(inputs, targets, loss_reduction="sum", **({"loss_weights": weights[0]} if weights else {}))
-        total += loss.detach()
-        (loss * (world_size / max(1, num_targets))).backward()
-    return all_reduce_sum(total).item() / max(1, num_targets)
+    scale = get_dist_info()[3] / max(1, num_targets)
+    again = micro_batches
+    while True:
+        now, again = itertools.tee(again)  # keeps what was taken, and no more: batches still come one by one
+        total, is_out_of_memory = torch.zeros((), device=device), False
+        for micro_batch in now:
+            try:
+                for portion in portions.split(micro_batch) if portions else [micro_batch]:
+                    total += _backward(model, portion, scale, device)
+            except torch.OutOfMemoryError:
+                if portions is None or portions.rows == 1:
+                    raise
+                is_out_of_memory = True
+                break
+        if not any_rank(is_out_of_memory):
+            return all_reduce_sum(total).item() / max(1, num_targets)
+        portions.halve()
+        model.zero_grad()
+        release_memory(device)
+
+
+def _backward(model: Any, rows: tuple[torch.Tensor, ...], scale: float, device: torch.device) -> torch.Tensor:
+    """Add the gradients of the rows' summed loss times scale; return that sum."""
+    inputs, targets, *weights = rows
+    with autocast(device):
+        loss = model(inputs, targets, loss_reduction="sum", **({"loss_weights": weights[0]} if weights else {}))
+    (loss * scale).backward()
+    return loss.detach()
 
 
 def step_optimizers(optimizers: list[Any], multiplier: float, momentum: float, grad_clip: float = 0.0) -> float:

@@ -4,7 +4,8 @@
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20 --run=d20
 
 Reads tokenizer/, base_data/ and, for CORE, eval_bundle/; writes base_checkpoints/<model_tag>/ and report/base_train.md.
-A run that was interrupted or killed is taken up again by the same command.
+A run that was interrupted or killed is taken up again by the same command. With --plan=1 it says what the run takes on
+--plan_gpus, and ends: that needs neither data nor a tokenizer.
 """
 
 import time
@@ -16,6 +17,7 @@ from nanochat.checkpoint_manager import checkpoint_root, resume_training, save_t
 from nanochat.common import (
     UserError,
     autocast,
+    compile_model,
     compute_init,
     format_seconds,
     init_wandb,
@@ -34,10 +36,12 @@ from nanochat.dataloader import (
 )
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.plan import describe_run, fit_batch_size
 from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.train import (
     MetricsLog,
+    Portions,
     StopSignal,
     TrainMeter,
     accumulate_gradients,
@@ -67,7 +71,7 @@ class Config:
     target_flops: float = opt(-1.0, "train for so many FLOPs; -1 is not set")
     target_param_data_ratio: float = opt(20.0, "train on so many tokens per parameter; -1 is not set")
     # Optimization
-    device_batch_size: int = opt(32, "rows per rank and micro-batch")
+    device_batch_size: int = opt(32, "rows per rank and micro-batch; -1 is the most that fit the device")
     total_batch_size: int = opt(524_288, "tokens per optimizer step, over all ranks")
     embedding_lr: float = opt(0.2, "learning rate of wte (AdamW)")
     unembedding_lr: float = opt(0.004, "learning rate of lm_head (AdamW)")
@@ -91,6 +95,10 @@ class Config:
     save_every: int = opt(-1, "steps between checkpoints; -1 saves at the end only")
     save_keep: int = opt(2, "how many checkpoints to keep; -1 is all")
     resume: str = opt("auto", "take up an unfinished run of these settings, or start anew", choices=("auto", "never"))
+    # Plan
+    plan: bool = opt(False, "print what the run takes in memory, time and money, and end")
+    plan_gpus: str = opt("8xH100", "on which GPUs, such as 8xH100,8xA100,4090")
+    plan_vocab_size: int = opt(65_536, "with how many tokens of vocabulary")
 
 
 def count_iterations(config: Config, num_params: int, flops_per_token: int) -> int:
@@ -116,21 +124,16 @@ def main(config: Config) -> dict[str, float]:
     print_banner()
     runtime = compute_init(config.device_type, config.seed)
     device, world_size = runtime.device, runtime.world_size
-    B, T = config.device_batch_size, config.max_seq_len
-    accumulation = gradient_accumulation_steps(config.total_batch_size, B, T, world_size, config.data_lanes)
-    eval_steps = evaluation_steps(config.eval_tokens, B, T, world_size, config.data_lanes)
     if config.save_keep == 0:
         raise UserError("--save_keep=0 would keep no checkpoint: 1 or more are wanted, or -1 for all")
-    tokenizer = get_tokenizer()
-    token_bytes = get_token_bytes(device)
-    if config.core_metric_every > 0:
+    tokenizer = None if config.plan else get_tokenizer()
+    if config.core_metric_every > 0 and not config.plan:
         find_bundle()  # what cannot be found should be missed now, not at the first evaluation
 
     # -----------------------------------------------------------------------------------------------------------------
     # Model
-    model_config = config_from_depth(
-        config.depth, tokenizer.get_vocab_size(), T, aspect_ratio=config.aspect_ratio, head_dim=config.head_dim
-    )
+    T, vocab_size = config.max_seq_len, tokenizer.get_vocab_size() if tokenizer else config.plan_vocab_size
+    model_config = config_from_depth(config.depth, vocab_size, T, config.aspect_ratio, config.head_dim)
     wanted_heads = max(1, -(-model_config.n_embd // config.head_dim))
     if model_config.n_head != wanted_heads:
         print0(
@@ -140,6 +143,14 @@ def main(config: Config) -> dict[str, float]:
         model = GPT(model_config)
     num_params, flops_per_token = model.num_params(), model.estimate_flops()
     num_iterations = count_iterations(config, num_params, flops_per_token)
+    if config.plan:
+        sizes = (num_iterations, config.total_batch_size, config.device_batch_size, config.data_lanes)
+        print0("\n".join(describe_run(model, *sizes, config.plan_gpus)))
+        return {}
+    B = fit_batch_size(config.device_batch_size, model_config, config.total_batch_size, device)
+    accumulation = gradient_accumulation_steps(config.total_batch_size, B, T, world_size, config.data_lanes)
+    eval_steps = evaluation_steps(config.eval_tokens, B, T, world_size, config.data_lanes)
+    token_bytes = get_token_bytes(device)
     model.to_empty(device=device)
     model.init_weights()
     total_tokens = num_iterations * config.total_batch_size
@@ -162,8 +173,7 @@ def main(config: Config) -> dict[str, float]:
     if start_step:
         check_shards(meta["shards"], shards)
         cursors = {int(lane): cursor for lane, cursor in meta["cursors"].items()}
-    should_compile = device.type == "cuda" if config.compile < 0 else bool(config.compile)
-    train_model = torch.compile(model, dynamic=False) if should_compile else model  # samples come from the plain one
+    train_model = compile_model(model, config.compile)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Data
@@ -187,6 +197,7 @@ def main(config: Config) -> dict[str, float]:
     # Loop
     wandb_run = init_wandb(config.run, "nanochat", asdict(config))
     metrics = MetricsLog(checkpoint_dir, start_step, wandb_run)
+    portions = Portions(B)
     started = time.monotonic()
 
     def save(step: int) -> None:
@@ -228,7 +239,7 @@ def main(config: Config) -> dict[str, float]:
 
             # One update
             meter.start_step()
-            loss = accumulate_gradients(train_model, micro_batches(), config.total_batch_size, device)
+            loss = accumulate_gradients(train_model, micro_batches(), config.total_batch_size, device, portions)
             multiplier = lr_multiplier(
                 step / num_iterations, config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac
             )

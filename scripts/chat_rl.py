@@ -36,6 +36,7 @@ from nanochat.report import get_report
 from nanochat.task_eval import evaluate_task, reply_text
 from nanochat.train import (
     MetricsLog,
+    Portions,
     StopSignal,
     TrainMeter,
     accumulate_gradients,
@@ -166,6 +167,7 @@ def main(config: Config) -> dict[str, float]:
     # Loop
     wandb_run = init_wandb(config.run, "nanochat-rl", asdict(config))
     metrics = MetricsLog(checkpoint_dir, start_step, wandb_run)
+    portions = Portions(config.device_batch_size)
     pad_token = tokenizer.encode_special("<|assistant_end|>")
 
     def save(step: int) -> None:
@@ -216,7 +218,7 @@ def main(config: Config) -> dict[str, float]:
             multiplier = config.init_lr_frac * lr_multiplier(step / num_iterations, warmdown_ratio=1.0)
             if all_reduce_sum(len(rollouts.rows)) > 0:
                 micro_batches = padded_batches(rollouts.rows, config.device_batch_size, pad_token, device)
-                loss = accumulate_gradients(model, micro_batches, num_targets, device)
+                loss = accumulate_gradients(model, micro_batches, num_targets, device, portions)
                 step_optimizers(optimizers, multiplier, momentum=0.95)
             meter.end_step(loss, num_targets)
 

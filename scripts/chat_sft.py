@@ -9,7 +9,7 @@ conversations are dealt out. A run that was interrupted or killed is taken up ag
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nanochat.checkpoint_manager import checkpoint_root, load_model, resume_training, save_training, update_meta
@@ -17,11 +17,13 @@ from nanochat.common import UserError, autocast, compute_init, init_wandb, print
 from nanochat.configurator import opt, parse
 from nanochat.dataloader import Row, count_targets, deal_rows, padded_batches, prefetch, render_example
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.plan import fit_batch_size
 from nanochat.report import get_report
 from nanochat.task_eval import evaluate_task
 from nanochat.tokenizer import get_token_bytes
 from nanochat.train import (
     MetricsLog,
+    Portions,
     StopSignal,
     TrainMeter,
     accumulate_gradients,
@@ -48,7 +50,7 @@ class Config:
     num_epochs: int = opt(1, "times through the mixture")
     num_iterations: int = opt(-1, "optimizer steps; -1 is num_epochs")
     # Optimization
-    device_batch_size: int = opt(4, "rows per rank and micro-batch")
+    device_batch_size: int = opt(4, "rows per rank and micro-batch; -1 is the most that fit the device")
     target_examples_per_step: int = opt(32, "conversations per optimizer step, over all ranks")
     embedding_lr: float = opt(0.2, "learning rate of wte (AdamW)")
     unembedding_lr: float = opt(0.004, "learning rate of lm_head (AdamW)")
@@ -57,7 +59,7 @@ class Config:
     init_lr_frac: float = opt(0.02, "where the rates begin, as a share of these; they fall to 0")
     # Evaluation
     eval_every: int = opt(100, "steps between evaluations of val bits per byte; -1 is off")
-    eval_steps: int = opt(100, "conversations of an evaluation, in units of device_batch_size")
+    eval_steps: int = opt(100, "conversations of an evaluation, in units of device_batch_size (4 for -1)")
     eval_metrics_every: int = opt(200, "steps between evaluations of multiple choice tasks; -1 is off")
     eval_metrics_max_problems: int = opt(1024, "problems a task; -1 is all")
     # Output
@@ -81,8 +83,8 @@ def main(config: Config) -> dict[str, float]:
     print_banner()
     runtime = compute_init(config.device_type)
     device = runtime.device
-    B, examples_per_step = config.device_batch_size, config.target_examples_per_step
-    for name in ("device_batch_size", "target_examples_per_step", "eval_steps"):
+    examples_per_step = config.target_examples_per_step
+    for name in ("target_examples_per_step", "eval_steps"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name}={getattr(config, name)} must be at least 1")
 
@@ -91,6 +93,8 @@ def main(config: Config) -> dict[str, float]:
     model, tokenizer, source_meta = load_model(config.source, device, "train", config.model_tag, config.step)
     token_bytes = get_token_bytes(device)
     max_seq_len = config.max_seq_len if config.max_seq_len > 0 else model.config.sequence_len
+    longest = replace(model.config, sequence_len=max_seq_len)
+    B = fit_batch_size(config.device_batch_size, longest, examples_per_step * max_seq_len, device)
     optimizers = model.setup_optimizers(
         config.unembedding_lr, config.embedding_lr, config.matrix_lr, config.weight_decay
     )
@@ -123,13 +127,14 @@ def main(config: Config) -> dict[str, float]:
     val_rows: list[Row] = []
     if config.eval_every > 0:
         val_task = sft_val_mixture(recipe)
-        num_val = min(len(val_task), config.eval_steps * B)
+        num_val = min(len(val_task), config.eval_steps * (B if config.device_batch_size > 0 else 4))
         val_rows = deal_rows(render_rows(val_task, tokenizer, range(num_val), max_seq_len))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Loop
     wandb_run = init_wandb(config.run, "nanochat-sft", asdict(config))
     metrics = MetricsLog(checkpoint_dir, start_step, wandb_run)
+    portions = Portions(B)
     pad_token = tokenizer.encode_special("<|assistant_end|>")
     num_tokens = num_targets_in_all = 0  # of this process
 
@@ -169,7 +174,7 @@ def main(config: Config) -> dict[str, float]:
             num_targets = count_targets(rows)
             batches = padded_batches(deal_rows(rows), B, pad_token, device)
             micro_batches = ((inputs, targets) for inputs, targets, _ in batches)
-            loss = accumulate_gradients(model, micro_batches, num_targets, device)
+            loss = accumulate_gradients(model, micro_batches, num_targets, device, portions)
             multiplier = config.init_lr_frac * lr_multiplier(step / num_iterations, warmdown_ratio=1.0)
             step_optimizers(optimizers, multiplier, momentum=0.95)
             step_tokens = sum(len(row.tokens) - 1 for row in rows)

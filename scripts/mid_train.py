@@ -10,17 +10,17 @@ it. A run that was interrupted or killed is taken up again by the same command.
 
 from dataclasses import asdict, dataclass
 
-import torch
-
 from nanochat.checkpoint_manager import checkpoint_root, load_model, resume_training, save_training, update_meta
-from nanochat.common import compute_init, init_wandb, print0, print_banner, user_errors
+from nanochat.common import compile_model, compute_init, init_wandb, print0, print_banner, user_errors
 from nanochat.configurator import opt, parse
 from nanochat.dataloader import DATA_LANES, conversation_data_loader, count_conversations, gather_cursors
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.plan import fit_batch_size
 from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes
 from nanochat.train import (
     MetricsLog,
+    Portions,
     StopSignal,
     TrainMeter,
     accumulate_gradients,
@@ -47,7 +47,7 @@ class Config:
     # Horizon
     num_iterations: int = opt(-1, "optimizer steps; -1 is one epoch")
     # Optimization
-    device_batch_size: int = opt(32, "rows per rank and micro-batch")
+    device_batch_size: int = opt(32, "rows per rank and micro-batch; -1 is the most that fit the device")
     total_batch_size: int = opt(524_288, "tokens per optimizer step, over all ranks")
     embedding_lr: float = opt(0.2, "learning rate of wte (AdamW)")
     unembedding_lr: float = opt(0.004, "learning rate of lm_head (AdamW)")
@@ -75,15 +75,16 @@ def main(config: Config) -> dict[str, float]:
     print_banner()
     runtime = compute_init(config.device_type)
     device, world_size = runtime.device, runtime.world_size
-    B, T, lanes = config.device_batch_size, config.max_seq_len, config.data_lanes
-    accumulation = gradient_accumulation_steps(config.total_batch_size, B, T, world_size, lanes)
-    eval_steps = evaluation_steps(config.eval_tokens, B, T, world_size, lanes)
+    T, lanes = config.max_seq_len, config.data_lanes
 
     # -----------------------------------------------------------------------------------------------------------------
     # Model and optimizer, and the state of a run that is taken up again
     model, tokenizer, base_meta = load_model("base", device, "train", config.model_tag, config.step)
     token_bytes = get_token_bytes(device)
     model.config.sequence_len = T
+    B = fit_batch_size(config.device_batch_size, model.config, config.total_batch_size, device)
+    accumulation = gradient_accumulation_steps(config.total_batch_size, B, T, world_size, lanes)
+    eval_steps = evaluation_steps(config.eval_tokens, B, T, world_size, lanes)
     optimizers = model.setup_optimizers(
         config.unembedding_lr, config.embedding_lr, config.matrix_lr, config.weight_decay
     )
@@ -95,8 +96,7 @@ def main(config: Config) -> dict[str, float]:
     origin = {**base_meta["origin"], "conversations": num_conversations}  # the cursors are positions in these
     start_step, meta = resume_training(checkpoint_dir, model, optimizers, meter, config, tokenizer, origin)
     cursors = {int(lane): cursor for lane, cursor in meta["cursors"].items()} if start_step else None
-    should_compile = device.type == "cuda" if config.compile < 0 else bool(config.compile)
-    train_model = torch.compile(model, dynamic=False) if should_compile else model
+    train_model = compile_model(model, config.compile)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Data
@@ -122,6 +122,7 @@ def main(config: Config) -> dict[str, float]:
     # Loop
     wandb_run = init_wandb(config.run, "nanochat-mid", asdict(config))
     metrics = MetricsLog(checkpoint_dir, start_step, wandb_run)
+    portions = Portions(B)
 
     def save(step: int) -> None:
         data = {"cursors": gather_cursors(cursors), "origin": origin}
@@ -150,7 +151,7 @@ def main(config: Config) -> dict[str, float]:
 
             # One update
             meter.start_step()
-            loss = accumulate_gradients(train_model, micro_batches(), config.total_batch_size, device)
+            loss = accumulate_gradients(train_model, micro_batches(), config.total_batch_size, device, portions)
             multiplier = config.init_lr_frac * lr_multiplier(progress, warmdown_ratio=config.warmdown_ratio)
             step_optimizers(optimizers, multiplier, muon_momentum(step))
             meter.end_step(loss, config.total_batch_size)

@@ -455,7 +455,7 @@ def test_midtraining_goes_on_into_a_second_epoch_and_resumes_there(base_dir, mon
 
 
 def test_midtraining_lowers_the_loss(base_dir):
-    train("mid", "new", num_iterations=25, eval_every=25)
+    train("mid", "new", num_iterations=25, eval_every=25, device_batch_size=-1)
     losses, val = metrics(base_dir, "mid", "new"), metrics(base_dir, "mid", "new", "val_bpb")
     assert losses[25] < losses[1] - 0.5 and val[25] < val[0] - 0.3
 
@@ -465,9 +465,9 @@ def test_midtraining_lowers_the_loss(base_dir):
 
 
 def test_micro_batches_change_a_finetuning_step_only_by_rounding(base_dir):
-    for size in (1, 3, 8):
+    for size in (1, 3, 8, -1):
         train("sft", f"of {size}", device_batch_size=size)
-    for size in (3, 8):
+    for size in (3, 8, -1):
         assert_close(metrics(base_dir, "sft", "of 1"), metrics(base_dir, "sft", f"of {size}"), 1e-4)
 
 

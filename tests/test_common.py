@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,6 +180,45 @@ def test_no_bf16_and_no_autocast_on_a_cpu():
 def test_bf16_on_cuda_devices_that_have_it(has_bf16, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kwargs: has_bf16)
     assert common.compute_dtype("cuda") == common.compute_dtype(torch.device("cuda", 1)) == dtype
+
+
+@pytest.mark.parametrize(("setting", "on_cuda", "on_cpu"), [(-1, True, False), (1, True, True), (0, False, False)])
+def test_models_are_compiled_on_cuda_unless_a_setting_says_otherwise(setting, on_cuda, on_cpu, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: ("compiled", model))
+    for device, is_compiled in (("cuda", on_cuda), ("cpu", on_cpu)):
+        model = SimpleNamespace(get_device=lambda device=device: torch.device(device))
+        assert common.compile_model(model, setting) == (("compiled", model) if is_compiled else model)
+
+
+def test_only_what_is_bound_for_cuda_is_pinned(monkeypatch):
+    pinned = torch.ones(1)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned)
+    x = torch.zeros(2)
+    assert common.pin(x, "cpu") is common.pin(x, torch.device("mps")) is x
+    assert common.pin(x, "cuda") is common.pin(x, torch.device("cuda", 1)) is pinned
+
+
+ON_A_GPU = """
+import torch
+torch.cuda.is_available, torch.cuda.device_count, torch.cuda.set_device = lambda: True, lambda: 1, lambda device: None
+from nanochat import common
+assert common.compute_init("cuda").device == torch.device("cuda", 0)
+assert torch.get_float32_matmul_precision() == "high"
+print(torch._C._accelerator_getAllocatorSettings())
+"""
+
+
+@pytest.mark.parametrize(
+    ("environ", "settings"),
+    [({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64")],
+    ids=["by default", "the user's own"],
+)
+def test_the_cuda_allocator_is_set_before_it_starts_unless_the_user_did(environ, settings):
+    """Asked of torch itself: that importing it and looking for a GPU is not yet a start."""
+    clean = {name: value for name, value in os.environ.items() if name not in common.ALLOCATOR_VARIABLES}
+    command = [sys.executable, "-c", ON_A_GPU]
+    result = subprocess.run(command, env={**clean, **environ}, capture_output=True, encoding="utf-8", timeout=120)
+    assert (result.returncode, result.stdout) == (0, settings + "\n"), result.stderr
 
 
 @pytest.mark.parametrize(
