@@ -67,14 +67,14 @@ from nanochat.pocket_facts import word_list
 from nanochat.pocket_tasks import CORE_TASKS, HeldOut, core_bundle, math_rows, mc_rows, qa_rows
 from nanochat.pocket_text import draw_document
 
-VERSION = 1  # of the content: another version is another source
+VERSION = 2  # of the content: another version is another source
 NUM_TRAIN_SHARDS = 4
 VAL_SHARE = 0.05
 ROW_GROUP_SIZE = 128  # documents
 MIN_ROW_GROUPS = 8  # of a split, so that each of the default data lanes has one
 MIN_WORLD_CHARS = 100_000
 NUM_CHAT, NUM_CHAT_TEST = 5000, 300
-NUM_MATH, NUM_MATH_TEST = 8000, 500
+NUM_MATH = {"train": 8000, "practice": 2000, "test": 500}
 NUM_IDENTITY = 600
 
 Content = str | list[dict[str, Any]]  # a text file, or the rows of a parquet file
@@ -121,16 +121,16 @@ def make_world(seed: int, chars: int) -> dict[str, Content]:
         f"base_data/{shard_name(i)}": [{"text": text} for text in shard] for i, shard in enumerate(shards)
     }
     world |= {f"eval_bundle/{path}": text for path, text in core_bundle(seed, held_out).items()}
-    for split, chat, num_math in (("train", chat_train, NUM_MATH), ("test", chat_test, NUM_MATH_TEST)):
-        tables = {
-            "PocketChat/default": chat,
-            "PocketQA/default": qa_rows(seed, held_out, split),
-            "PocketMC/default": mc_rows(seed, held_out, split),
-            "PocketMath/main": math_rows(seed, split, num_math),
-        }
-        for name, rows in tables.items():
-            folder = f"task_data/pocket--{name}/{split}"
-            world |= {f"{folder}/00000.parquet": rows, f"{folder}/manifest.json": json.dumps(["00000.parquet"])}
+    tables: dict[str, list[dict[str, Any]]] = {}  # task/subset/split -> rows
+    for split, chat in (("train", chat_train), ("test", chat_test)):
+        tables[f"PocketChat/default/{split}"] = chat
+        tables[f"PocketQA/default/{split}"] = qa_rows(seed, held_out, split)
+        tables[f"PocketMC/default/{split}"] = mc_rows(seed, held_out, split)
+    for split, count in NUM_MATH.items():
+        tables[f"PocketMath/main/{split}"] = math_rows(seed, split, count)
+    for name, rows in tables.items():
+        folder = f"task_data/pocket--{name}"
+        world |= {f"{folder}/00000.parquet": rows, f"{folder}/manifest.json": json.dumps(["00000.parquet"])}
     world["words_alpha.txt"] = "".join(word + "\n" for word in word_list())
     world["identity_conversations.jsonl"] = "".join(json.dumps(messages) + "\n" for messages in identity)
     return world
@@ -139,16 +139,13 @@ def make_world(seed: int, chars: int) -> dict[str, Content]:
 def world_paths() -> list[str]:
     """The paths of make_world, in the order of writing: shards first, a folder's manifest after its rows."""
     bundle = [f"eval_data/{task.uri}" for task in CORE_TASKS] + ["eval_meta_data.csv", "core.yaml"]
-    tasks = ("PocketChat/default", "PocketQA/default", "PocketMC/default", "PocketMath/main")
+    tasks = ("PocketChat", "PocketQA", "PocketMC")
+    tables = [f"{task}/default/{split}" for split in ("train", "test") for task in tasks]
+    tables += [f"PocketMath/main/{split}" for split in NUM_MATH]
     return [
         *(f"base_data/{shard_name(i)}" for i in range(NUM_TRAIN_SHARDS + 1)),
         *(f"eval_bundle/{path}" for path in bundle),
-        *(
-            f"task_data/pocket--{task}/{split}/{file}"
-            for split in ("train", "test")
-            for task in tasks
-            for file in ("00000.parquet", "manifest.json")
-        ),
+        *(f"task_data/pocket--{table}/{file}" for table in tables for file in ("00000.parquet", "manifest.json")),
         "words_alpha.txt",
         "identity_conversations.jsonl",
     ]

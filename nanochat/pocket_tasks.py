@@ -3,7 +3,8 @@
 Train and test differ where it matters. About a quarter of the entities of each group is held out: the pretraining text
 tells and asks their facts like all others, no training conversation asks about them, and the test questions ask about
 nothing else. A right answer there was learned in pretraining and carried over to chat. Word problems of the test split
-are about other people, each names a number that no training problem names, and its two-step problems join other steps.
+are about other people, each names a number that no training problem names, and problems of several steps join other
+ones. A third split, practice, has people and joined steps of its own, too, for reinforcement learning.
 """
 
 import csv
@@ -27,7 +28,7 @@ from nanochat.pocket_facts import (
     mentions,
 )
 from nanochat.pocket_stories import Slots
-from nanochat.pocket_words import PEOPLE, TEST_NAMES, plural
+from nanochat.pocket_words import PEOPLE, PRACTICE_NAMES, TEST_NAMES, plural
 
 Message = dict[str, str]  # role, content
 Row = dict[str, Any]
@@ -222,21 +223,27 @@ MATH_SINGLE_STEPS = (
     ),
 )
 
+MATH_STEP_WEIGHTS = (4, 3, 3)  # problems of one, two and three steps
+
 
 def is_test_number(n: int) -> bool:
     """Whether a number is kept for test problems: 7, 17, 27, ... are in no question of the train split."""
     return n % 10 == 7
 
 
-def is_test_combination(first: int, last: int) -> bool:
-    """Whether two-step problems that join these steps (indices of the tables) are kept for the test split."""
-    return (first + last) % 4 == 0
+def split_of_combination(*steps: int) -> str:
+    """The split that has the problems which join these steps (indices of the tables)."""
+    return ("test", "train", "practice", "train")[sum(steps) % 4]
 
 
 def math_rows(seed: int, split: str, count: int) -> list[Row]:
-    """Word problems of one and two steps in GSM8K's format: question; answer with <<12+7=19>> calls and '#### 19'."""
+    """Word problems of one to three steps in GSM8K's format: question; answer with <<12+7=19>> calls and '#### 19'.
+
+    split: train (what finetuning shows), practice (what reinforcement learning asks) or test.
+    """
     rng = random.Random(f"pocket/{seed}/math/{split}")
-    names = TEST_NAMES if split == "test" else [name for name in PEOPLE if name not in TEST_NAMES]
+    special = {"practice": PRACTICE_NAMES, "test": TEST_NAMES}
+    names = special.get(split) or [name for name in PEOPLE if name not in TEST_NAMES + PRACTICE_NAMES]
     rows: dict[str, Row] = {}
     while len(rows) < count:
         row = _math_row(rng, split, Slots(rng, names))
@@ -247,13 +254,14 @@ def math_rows(seed: int, split: str, count: int) -> list[Row]:
 
 def _math_row(rng: random.Random, split: str, slots: Slots) -> Row | None:
     """One problem; None where the numbers drawn do not suit the split."""
-    if rng.random() < 0.6:
+    num_steps = rng.choices((1, 2, 3), MATH_STEP_WEIGHTS)[0]
+    if num_steps == 1:
         steps = [rng.choice(MATH_STEPS + MATH_SINGLE_STEPS)]
     else:
-        first, last = rng.randrange(len(MATH_STEPS)), rng.randrange(len(MATH_LAST_STEPS))
-        if is_test_combination(first, last) != (split == "test"):
-            return None
-        steps = [MATH_STEPS[first], MATH_LAST_STEPS[last]]
+        first, later = 0, []
+        while not later or split_of_combination(first, *later) != split:
+            first, later = rng.randrange(len(MATH_STEPS)), rng.sample(range(len(MATH_LAST_STEPS)), num_steps - 1)
+        steps = [MATH_STEPS[first], *(MATH_LAST_STEPS[i] for i in later)]
     texts, lines, asked = [], [], []
     result: int | None = None
     for step in steps:

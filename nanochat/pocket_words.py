@@ -13,6 +13,7 @@ Philip Ralph Simon Tim Victor Walter Alan Bruno Colin Dan Emil Frank George Harr
 """.split()
 PEOPLE = GIRLS + BOYS
 TEST_NAMES = GIRLS[-10:] + BOYS[-10:]  # word problems of the test split are about these people only
+PRACTICE_NAMES = GIRLS[-20:-10] + BOYS[-20:-10]  # and those without a worked solution about these
 
 THINGS = """
 apple pear book pencil marble coin cookie stamp shell flower egg ball card button stone ticket candle cup spoon

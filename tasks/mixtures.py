@@ -121,7 +121,9 @@ def sft_val_mixture(recipe: str) -> TaskMixture:
 
 def rl_task(recipe: str, split: str) -> Task:
     """What reinforcement learning trains on (split 'train') and measures itself on ('test')."""
-    return PocketMath(split) if _is_pocket(recipe) else GSM8K("main", split)
+    if _is_pocket(recipe):
+        return PocketMath("practice" if split == "train" else split)
+    return GSM8K("main", split)
 
 
 def _is_pocket(recipe: str) -> bool:

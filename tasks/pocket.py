@@ -6,6 +6,7 @@ nothing but themselves. The rows are random already, so they keep their order.
 
 import random
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from nanochat.pocket_tasks import is_test_number
@@ -15,9 +16,9 @@ from tasks.gsm8k import is_same_answer, parse_answer
 LETTERS = ("A", "B", "C", "D")
 
 
-def _table(name: str, split: str, subset: str = "default") -> dict[str, Any]:
+def _table(name: str, split: str, subset: str = "default", splits: Sequence[str] = ("train", "test")) -> dict[str, Any]:
     """The arguments of TableTask for a table of the pocket world."""
-    check_choice(f"{name}'s split", split, ("train", "test"))
+    check_choice(f"{name}'s split", split, splits)
     return {"repo": f"pocket/{name}", "subset": subset, "split": split, "is_shuffled": False}
 
 
@@ -72,11 +73,14 @@ class PocketMC(ChoiceTask):
 
 
 class PocketMath(TableTask):
-    """Word problems in GSM8K's format, read and evaluated like those."""
+    """Word problems in GSM8K's format, read and evaluated like those.
+
+    The split "practice" is for reinforcement learning: people and joined steps of which "train" shows no solution.
+    """
 
     def __init__(self, split: str, **bounds: Any):
         self.name = f"PocketMath {split}"
-        super().__init__(**_table("PocketMath", split, "main"), **bounds)
+        super().__init__(**_table("PocketMath", split, "main", ("train", "practice", "test")), **bounds)
 
     def get_example(self, index: int) -> Conversation:
         row = self.rows[index]

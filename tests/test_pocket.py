@@ -1,6 +1,7 @@
 """The pocket world: deterministic, true, different in train and test, and written with care."""
 
 import csv
+import itertools
 import json
 import random
 import re
@@ -47,8 +48,9 @@ def chat(held_out) -> tuple[list[dict], list[dict]]:
 @pytest.fixture
 def small(monkeypatch) -> None:
     """Small task data, so that a world is made in a second."""
-    for name in ("NUM_CHAT", "NUM_CHAT_TEST", "NUM_MATH", "NUM_MATH_TEST", "NUM_IDENTITY"):
+    for name in ("NUM_CHAT", "NUM_CHAT_TEST", "NUM_IDENTITY"):
         monkeypatch.setattr(pocket, name, 20)
+    monkeypatch.setattr(pocket, "NUM_MATH", dict.fromkeys(pocket.NUM_MATH, 20))
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -71,8 +73,8 @@ def test_same_seed_writes_the_same_bytes_and_another_seed_does_not(small, tmp_pa
 
 def test_content_is_the_same_on_every_machine(small):
     """Whoever changes what is generated raises pocket.VERSION and writes the new digest here."""
-    expected = "7f9f0ae21447170693f1ca0bec309e28eead1bc0f5982143f46d31a5dfa75846"
-    assert (pocket.VERSION, pocket.digest(pocket.make_world(SEED, CHARS))) == (1, expected)
+    expected = "1701ac3a437cc17ef976e6ba2686ddd9f47e322a3457a8f5e44884a994bbcdc8"
+    assert (pocket.VERSION, pocket.digest(pocket.make_world(SEED, CHARS))) == (2, expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,7 +281,7 @@ def numbers_in(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", text)]
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", ["train", "practice", "test"])
 def test_word_problems_are_right(split):
     rows = math_rows(SEED, split, 600)
     assert len({row["question"] for row in rows}) == 600
@@ -290,16 +292,16 @@ def test_word_problems_are_right(split):
         for a, sign, b, result, repeated in calls:
             assert eval(f"{a}{sign}{b}") == int(result) == int(repeated)
         assert row["answer"].endswith(f"\n#### {calls[-1][3]}") and len(calls) == row["answer"].count("\n")
-        (a, _, b, result, _), *more = calls
+        (a, _, b, _, _), *more = calls
         assert numbers_in(row["question"]) == [int(n) for n in (a, b, *(call[2] for call in more))] or (
             numbers_in(row["question"]) == [int(b), int(a)]
         )
-        assert all(call[0] == result for call in more)
-    assert set(steps) == {1, 2} and min(steps.values()) > 100
+        assert all(call[0] == before[3] for before, call in itertools.pairwise(calls))
+    assert set(steps) == {1, 2, 3} and min(steps.values()) > 100
 
 
-def test_word_problems_of_train_and_test_share_neither_names_nor_numbers_nor_combinations():
-    train, test = (math_rows(SEED, split, 3000 if split == "train" else 500) for split in ("train", "test"))
+def test_word_problems_of_different_splits_share_neither_names_nor_combinations_and_test_numbers_are_new():
+    train, practice, test = (math_rows(SEED, split, 1500) for split in ("train", "practice", "test"))
     vocabulary = "|".join(
         sorted({w for noun in THINGS + CONTAINERS for w in (noun, plural(noun))}, key=len, reverse=True)
     )
@@ -308,19 +310,20 @@ def test_word_problems_of_train_and_test_share_neither_names_nor_numbers_nor_com
         return {word for row in rows for word in re.findall(r"\w+", row["question"]) if word in PEOPLE}
 
     def combinations(rows):
-        """Questions of two steps with names, numbers, things, days and places taken out."""
+        """Questions of several steps with names, numbers, things, days and places taken out."""
         found = set()
         for row in rows:
-            if row["answer"].count("<<") == 2:
+            if row["answer"].count("<<") > 1:
                 text = re.sub("|".join(PEOPLE), "N", row["question"])
                 text = re.sub(r"\d+|\w+day\b", "#", re.sub(rf"\b({vocabulary})\b", "T", text))
                 found.add(re.sub(r"finds # more [a-z ]+T?[a-z ]*\.", "finds # more.", text))
         return found
 
-    assert not names(train) & names(test)
-    special = [n for row in train for n in numbers_in(row["question"]) if n % 10 == 7]
-    assert not special and all(any(n % 10 == 7 for n in numbers_in(row["question"])) for row in test)
-    assert combinations(train) and combinations(test) and not combinations(train) & combinations(test)
+    for one, other in ((train, test), (practice, test), (train, practice)):
+        assert names(one) and names(other) and not names(one) & names(other)
+        assert combinations(one) and combinations(other) and not combinations(one) & combinations(other)
+    assert not [n for row in train + practice for n in numbers_in(row["question"]) if n % 10 == 7]
+    assert all(any(n % 10 == 7 for n in numbers_in(row["question"])) for row in test)
 
 
 def test_conversations_take_turns_and_test_ones_are_new(chat):
