@@ -11,7 +11,8 @@ number of processes how many were tried, survived and lost; one lost trial makes
 
 What comes from outside comes from outside here, too: signals, limits, files. What does not (a NaN, a loader that
 raises) is patched into the process before the script starts; the scripts know nothing of it. Each run is a command line
-of its own, of torchrun for two processes. --quick=1 forks the ranks from a server that has imported torch already, and
+of its own, of torchrun for two processes. kill_restart is a kill -9 of one rank under torchrun --max-restarts, which
+has to bring the run through without help. --quick=1 forks the ranks from a server that has imported torch already, and
 plays torchrun's part: the same trials in a tenth of the time, as tests/test_faults.py has them.
 """
 
@@ -83,8 +84,7 @@ STAGES = {
     "mid": Stage("scripts.mid_train", COMMON | PACKED, "mid_checkpoints", "output_tag"),
     "sft": Stage(
         "scripts.chat_sft",
-        COMMON
-        | {"device_batch_size": 4, "target_examples_per_step": 8, "init_lr_frac": 0.5, "eval_metrics_every": -1},
+        COMMON | {"device_batch_size": 4, "target_examples_per_step": 8, "init_lr_frac": 0.5, "eval_metrics_every": -1},
         "chatsft_checkpoints",
         "output_tag",
     ),
@@ -98,7 +98,7 @@ STAGES = {
 }
 FAULTS = (
     *("sigterm", "sigint", "kill_one", "kill_all", "full_disk"),
-    *("cut_checkpoint", "lost_shard", "nan_weight", "loader_raises"),
+    *("cut_checkpoint", "lost_shard", "nan_weight", "loader_raises", "kill_restart"),
 )
 
 
@@ -201,24 +201,29 @@ class Run:
         processes: int = 1,
         fault: dict[str, Any] | None = None,
         quick: bool = True,
+        max_restarts: int = 0,
     ):
         self.output: list[str] = []
         self.code: int | None = None
         job = {"script": script, "settings": settings, "fault": fault}
         environment = {"NANOCHAT_BASE_DIR": str(base_dir), "OMP_NUM_THREADS": "1"}
-        (self._fork if quick else self._spawn)(environment, job, processes)
+        if quick and not max_restarts:
+            self._fork(environment, job, processes)
+        else:
+            self._spawn(environment, job, processes, max_restarts)
 
-    def _spawn(self, environment: dict[str, str], job: dict[str, Any], processes: int) -> None:
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    def _spawn(self, environment: dict[str, str], job: dict[str, Any], processes: int, max_restarts: int) -> None:
+        self.is_torchrun = processes > 1 or max_restarts > 0
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher += [f"--max-restarts={max_restarts}", "-m"]
         self.command = subprocess.Popen(
-            [sys.executable, "-m", *(launcher if processes > 1 else []), "dev.drill"],
+            [sys.executable, "-m", *(launcher if self.is_torchrun else []), "dev.drill"],
             env={**os.environ, **environment, CHILD: json.dumps(job)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         self.stream = self.command.stdout
-        self.processes, self.is_torchrun = [], processes > 1
 
     def _fork(self, environment: dict[str, str], job: dict[str, Any], processes: int) -> None:
         """The ranks meet in a store of this process, as they meet in one of torchrun's agent."""
@@ -342,10 +347,12 @@ class Drill:
         self.base_dir, self.quick = base_dir, quick
         self.whole: dict[tuple[str, int], Result] = {}
 
-    def start(self, name: str, tag: str, processes: int, fault: dict[str, Any] | None = None) -> Run:
+    def start(
+        self, name: str, tag: str, processes: int, fault: dict[str, Any] | None = None, max_restarts: int = 0
+    ) -> Run:
         stage = STAGES[name]
         settings = {**stage.settings, stage.tag: tag} | ({} if name == "base" else {"model_tag": "d2"})
-        return Run(self.base_dir, stage.script, settings, processes, fault, self.quick)
+        return Run(self.base_dir, stage.script, settings, processes, fault, self.quick, max_restarts)
 
     def result(self, name: str, tag: str) -> Result:
         folder = STAGES[name].run_dir(self.base_dir, tag)
@@ -394,15 +401,14 @@ class Drill:
         differing = [key for key in expected.weights if not torch.equal(expected.weights[key], found.weights[key])]
         return f"other weights: {differing}" if differing else ""
 
-    def hit(
-        self, name: str, processes: int, fault: str, tag: str, rng: random.Random
-    ) -> tuple[str, int, str] | None:
+    def hit(self, name: str, processes: int, fault: str, tag: str, rng: random.Random) -> tuple[str, int, str] | None:
         """(problem or '', last step that was seen, output) of a run that is hit; None where it was too late."""
-        step, pause = rng.randrange(STEPS - 2), rng.random() * 0.02
+        # without a checkpoint a run on less data would be a new run
+        step, pause = rng.randrange(SAVE_EVERY if fault == "lost_shard" else 0, STEPS - 2), rng.random() * 0.02
         inner = None
         if fault in ("nan_weight", "loader_raises"):
             inner = {"fault": fault, "step": step, "rank": rng.randrange(processes), "seed": str(rng.random())}
-        run = self.start(name, tag, processes, inner)
+        run = self.start(name, tag, processes, inner, max_restarts=3 if fault == "kill_restart" else 0)
         folder = STAGES[name].run_dir(self.base_dir, tag)
         shard, reached, is_hit = Path(), 0, inner is not None
         for line in run.lines():
@@ -413,7 +419,7 @@ class Drill:
                 time.sleep(pause)
                 if fault in ("sigterm", "sigint"):
                     run.send(signal.SIGTERM if fault == "sigterm" else signal.SIGINT)
-                elif fault == "kill_one":
+                elif fault in ("kill_one", "kill_restart"):
                     run.send(signal.SIGKILL, one=rng)
                 elif fault in ("kill_all", "cut_checkpoint"):
                     run.send(signal.SIGKILL)
@@ -429,22 +435,26 @@ class Drill:
             without = self.start(name, tag, processes)
             code = without.finish()
             shard.with_suffix(".hidden").rename(shard)
-            if whole_checkpoints(folder) and (code == 0 or "Traceback" in without.text or str(shard.name) not in without.text):
-                problem, run.output = f"status {code} without {shard.name}", without.output
-        if run.code == 0 or not is_hit:
+            is_named = re.search(r"error: .*(shard_\d+\.parquet|" + re.escape(str(shard.parent)) + ")", without.text)
+            if code == 0 or not is_named or "Traceback" in without.text:
+                problem, run.output = f"status {code} without {shard}", without.output
+        if not is_hit or (run.code == 0 and fault != "kill_restart"):
             return None
+        if fault == "kill_restart":
+            return ("" if run.code == 0 else "torchrun did not bring it through"), reached, run.text
         if fault == "cut_checkpoint":
             cut_newest(folder, rng)
-        tidy = fault in ("sigterm", "sigint", "full_disk", "nan_weight")
-        if tidy and "Traceback" in run.text and not problem and processes == 1:
+        newest = max(whole_checkpoints(folder), default=0)
+        if "Traceback" in run.text and fault != "loader_raises" and not problem:
             problem = "a traceback"
-        if fault in ("sigterm", "sigint") and f"stopped at step {max(whole_checkpoints(folder), default=0)};" not in run.text:
+        if fault in ("sigterm", "sigint") and f"stopped at step {newest};" not in run.text:
             problem = "it did not save before it left"
         return problem, reached, run.text
 
     def hide_shard(self, name: str, rng: random.Random) -> Path:
         """Rename a file of a stage's data; returns the path that it had."""
-        pattern = "base_data/*.parquet" if name == "base" else "task_data/*PocketMath*/**/*train*.parquet"
+        tables = "PocketMath" if name == "rl" else "*"
+        pattern = "base_data/*.parquet" if name == "base" else f"task_data/pocket--{tables}/*/train/*.parquet"
         path = rng.choice(sorted(self.base_dir.glob(pattern)))
         path.rename(path.with_suffix(".hidden"))
         return path

@@ -40,7 +40,7 @@ CHAT_SOURCES = ("rl", "sft", "mid")  # the stages whose models chat, the furthes
 # portions it is computed, what is measured and what is kept, not what is trained. runs/stage.sh has the same list.
 FREE_SETTINGS = (
     *("run", "resume", "device_type", "device_batch_size", "compile", "tokenized_cache"),
-    *("eval_", "sample_", "save_", "core_metric_"),
+    *("eval_", "sample_", "save_", "log_", "core_metric_"),
 )
 
 
@@ -104,6 +104,13 @@ def prune_checkpoints(checkpoint_dir: str | Path, keep: int) -> None:
     if keep < 0 or get_dist_info()[1] != 0:
         return
     for step in complete_steps(folder)[:-keep] if keep else []:
+        remove_checkpoint(folder, step)
+
+
+def remove_checkpoint(checkpoint_dir: str | Path, step: int) -> None:
+    """Remove a checkpoint, its metadata first. Local: rank 0 removes."""
+    folder = Path(checkpoint_dir)
+    if get_dist_info()[1] == 0:
         for path in (_meta_path(folder, step), folder / f"model_{step:06d}.pt", folder / f"optim_{step:06d}.pt"):
             path.unlink(missing_ok=True)
 
@@ -303,7 +310,7 @@ def save_training(
     tokenizer: Any,
     **meta_data: Any,
 ) -> None:
-    """Save a run so that resume_training can take it up; keeps config.save_keep checkpoints. Every rank must call.
+    """Save a run so that resume_training can take it up. Every rank must call.
 
     meta_data: what else the run needs to know when it goes on, JSON-able.
     """
@@ -318,7 +325,6 @@ def save_training(
         **meta_data,
     }
     save_checkpoint(checkpoint_dir, step, model.state_dict(), optimizer_data, meta)
-    prune_checkpoints(checkpoint_dir, config.save_keep)
 
 
 def resume_training(
@@ -332,20 +338,36 @@ def resume_training(
 ) -> tuple[int, dict[str, Any]]:
     """(step, meta_data) from which a run goes on, with its state in model, optimizers and meter; (0, {}) for a new run.
 
-    What a new run replaces is removed. origin: the checkpoint and the data that the run starts from. Every rank must
-    call. Raises UserError as find_resume_step does.
+    What a new run replaces is removed. origin: the checkpoint and the data that the run starts from. Where the newest
+    checkpoint has the right size but cannot be read, the one before is taken. Every rank must call. Raises UserError
+    as find_resume_step does, and where no checkpoint can be read: that they are lost is the user's to say.
     """
+    if config.save_keep == 0:
+        raise UserError("--save_keep=0 would keep no checkpoint: 1 or more are wanted, or -1 for all")
     step = find_resume_step(checkpoint_dir, config, config.resume, tokenizer, origin)
     if step is None:
         clear_checkpoints(checkpoint_dir)
         return 0, {}
-    model_data, optimizer_data, meta = load_checkpoint(checkpoint_dir, step, "cpu", load_optimizer=True)
+    while True:
+        try:
+            model_data, optimizer_data, meta = load_checkpoint(checkpoint_dir, step, "cpu", load_optimizer=True)
+            break
+        except UserError as error:
+            older = [s for s in complete_steps(checkpoint_dir) if s < step]
+            barrier()  # until all ranks have looked
+            if not older:
+                raise
+            print0(f"warning: checkpoint {step} is removed, as it cannot be used: {error}")
+            remove_checkpoint(checkpoint_dir, step)
+            step = older[-1]
     load_weights(model, model_data)
     for optimizer, state in zip(optimizers, optimizer_data["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     torch.set_rng_state(optimizer_data["rng"])
     meter.load_state_dict(meta["meter"])
     print0(f"resumed from step {step} of {checkpoint_dir}")
+    if "failed_afterwards" in meta:
+        print0(f"warning: from this checkpoint on the run has failed before, at {meta['failed_afterwards']}")
     return step, meta
 
 

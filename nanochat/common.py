@@ -43,9 +43,9 @@ class UserError(ValueError):
 def user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a script's main: what the user can mend ends the program with one line instead of a traceback.
 
-    That is UserError, OSError and a GPU that is out of memory. NANOCHAT_TRACEBACK=1 shows the traceback all the same.
-    A process group is taken down only where all ranks end: after an error the others still wait for this one, and it
-    is the launcher that ends them.
+    That is UserError, OSError, a GPU that is out of memory and the loss of another rank. NANOCHAT_TRACEBACK=1 shows the
+    traceback all the same. A process group is taken down only where all ranks end: after an error the others still
+    wait for this one, and it is the launcher that ends them.
     """
 
     @functools.wraps(main)
@@ -59,6 +59,11 @@ def user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             hint = "; try half the --device_batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
             print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
+        except RuntimeError as error:
+            if os.environ.get("NANOCHAT_TRACEBACK") or not (is_distributed() and "gloo" in str(error)):
+                raise
+            print("error: the connection to another process of the run was lost", file=sys.stderr, flush=True)
             raise SystemExit(1) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
