@@ -98,8 +98,9 @@ STAGES = {
 }
 FAULTS = (
     *("sigterm", "sigint", "kill_one", "kill_all", "full_disk"),
-    *("cut_checkpoint", "lost_shard", "nan_weight", "loader_raises", "kill_restart"),
+    *("cut_checkpoint", "lost_shard", "nan_weight", "exploding", "loader_raises", "kill_restart"),
 )
+INNER_FAULTS = ("nan_weight", "exploding", "loader_raises")  # patched into the process
 
 
 @dataclass
@@ -150,11 +151,15 @@ def patch(script: Any, fault: str, step: int, rank: int, seed: str) -> None:
         weight = rng.choice(list(model.parameters())).detach()
         weight.view(-1)[rng.randrange(weight.numel())] = float("nan")
 
+    def scramble(model: Any, *args: Any) -> None:
+        model.lm_head.weight.detach().normal_(std=20.0)
+
     def fail(*args: Any) -> None:
         raise rng.choice([OSError("the disk is gone"), RuntimeError("the reader is broken")])
 
-    if fault == "nan_weight":
-        script.accumulate_gradients = at_call(script.accumulate_gradients, step + 1, rank, poison)
+    if fault in ("nan_weight", "exploding"):
+        act = poison if fault == "nan_weight" else scramble
+        script.accumulate_gradients = at_call(script.accumulate_gradients, step + 1, rank, act)
     elif fault == "loader_raises":
         name = {"scripts.chat_sft": "render_rows", "scripts.chat_rl": "sample_rollouts"}.get(script.__name__)
         if name:
@@ -387,7 +392,7 @@ class Drill:
         found = whole_checkpoints(folder)
         newest = max(found, default=0)
         redone = reached - newest
-        if redone > SAVE_EVERY * (2 if fault in ("cut_checkpoint", "nan_weight") else 1):
+        if redone > SAVE_EVERY * (2 if fault in ("cut_checkpoint", "nan_weight", "exploding") else 1):
             return f"step {reached} was reached and step {newest} is the last that is left: {output}"
         again = self.start(name, tag, processes)
         if again.finish():
@@ -406,7 +411,7 @@ class Drill:
         # without a checkpoint a run on less data would be a new run
         step, pause = rng.randrange(SAVE_EVERY if fault == "lost_shard" else 0, STEPS - 2), rng.random() * 0.02
         inner = None
-        if fault in ("nan_weight", "loader_raises"):
+        if fault in INNER_FAULTS:
             inner = {"fault": fault, "step": step, "rank": rng.randrange(processes), "seed": str(rng.random())}
         run = self.start(name, tag, processes, inner, max_restarts=3 if fault == "kill_restart" else 0)
         folder = STAGES[name].run_dir(self.base_dir, tag)
@@ -449,6 +454,11 @@ class Drill:
             problem = "a traceback"
         if fault in ("sigterm", "sigint") and f"stopped at step {newest};" not in run.text:
             problem = "it did not save before it left"
+        if fault in ("nan_weight", "exploding"):
+            reached = min(reached, step + 1)  # what was done after it is worth nothing
+            advice = f"last good checkpoint is step {newest} " if newest else "there is no checkpoint yet"
+            if advice not in run.text:
+                problem = "it did not name the last good checkpoint"
         return problem, reached, run.text
 
     def hide_shard(self, name: str, rng: random.Random) -> Path:
@@ -458,6 +468,11 @@ class Drill:
         path = rng.choice(sorted(self.base_dir.glob(pattern)))
         path.rename(path.with_suffix(".hidden"))
         return path
+
+
+def is_possible(fault: str, name: str) -> bool:
+    """Whether a fault can be told at a stage: reinforcement learning has no loss that could explode."""
+    return (fault, name) != ("exploding", "rl")
 
 
 def whole_checkpoints(folder: Path) -> list[int]:
@@ -498,7 +513,7 @@ def main(config: Config) -> None:
     with tempfile.TemporaryDirectory(prefix="nanochat-drill-") as folder:
         drill = Drill(make_world(Path(folder)), config.quick)
         for fault in config.faults.split(","):
-            for name in config.stages.split(","):
+            for name in (name for name in config.stages.split(",") if is_possible(fault, name)):
                 for processes in map(int, config.processes.split(",")):
                     for number in range(config.trials):
                         lost = drill.trial(name, processes, fault, f"{config.seed}/{number}")
