@@ -27,6 +27,7 @@ from nanochat.common import (
     device_name,
     format_seconds,
     get_dist_info,
+    is_writer,
     peak_flops,
     peak_memory_bytes,
     print0,
@@ -291,9 +292,9 @@ class TrainMeter:
 class MetricsLog:
     """What is measured on the way: metrics.jsonl beside a checkpoint, and a wandb run.
 
-    In the file each line is a JSON object with "step" and whatever was measured at it. Rank 0 writes. Lines after the
-    step at which a run starts or resumes are dropped; what is measured again at that very step is there twice, and the
-    later line counts.
+    In the file each line is a JSON object with "step" and whatever was measured at it. is_writer writes it, rank 0 tells
+    wandb. Lines after the step at which a run starts or resumes are dropped; what is measured again at that very step
+    is there twice, and the later line counts.
     """
 
     WANDB_NAMES = {
@@ -306,7 +307,7 @@ class MetricsLog:
     def __init__(self, checkpoint_dir: str | Path, from_step: int = 0, wandb_run: Any = None):
         self.path = Path(checkpoint_dir) / "metrics.jsonl"
         self.wandb_run = wandb_run or DummyWandb()
-        self.is_writer = get_dist_info()[1] == 0
+        self.is_writer = is_writer()
         if not self.is_writer:
             return
         kept = [line for line in self._lines() if from_step and _step_of(line) <= from_step]
