@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from nanochat.checkpoint_manager import complete_steps, prune_checkpoints, remove_checkpoint, update_meta
+from nanochat.checkpoint_manager import find_common_step, prune_checkpoints, remove_checkpoint, update_meta
 from nanochat.common import (
     DummyWandb,
     UserError,
@@ -31,6 +31,7 @@ from nanochat.common import (
     device_name,
     format_seconds,
     get_dist_info,
+    is_writer,
     peak_flops,
     peak_memory_bytes,
     print0,
@@ -372,9 +373,9 @@ class TrainMeter:
 class MetricsLog:
     """What is measured on the way: the lines of the log, metrics.jsonl beside a checkpoint, and a wandb run.
 
-    In the file each line is a JSON object with "step" and whatever was measured at it. Rank 0 writes. Lines after the
-    step at which a run starts or resumes are dropped; what is measured again at that very step is there twice, and the
-    later line counts.
+    In the file each line is a JSON object with "step" and whatever was measured at it. is_writer writes, rank 0 tells
+    wandb. Lines after the step at which a run starts or resumes are dropped; what is measured again at that very step
+    is there twice, and the later line counts.
     """
 
     WANDB_NAMES = {
@@ -388,7 +389,7 @@ class MetricsLog:
         self.log_every = log_every
         self.path = Path(checkpoint_dir) / "metrics.jsonl"
         self.wandb_run = wandb_run or DummyWandb()
-        self.is_writer = get_dist_info()[1] == 0
+        self.is_writer = is_writer()
         if not self.is_writer:
             return
         kept = [line for line in self._lines() if from_step and _step_of(line) <= from_step]
@@ -590,9 +591,8 @@ class Saver:
             self._fail(step, problem)
 
     def _fail(self, step: int, problem: str) -> NoReturn:
-        barrier()  # until rank 0 has removed what it removes
-        good = max(complete_steps(self.checkpoint_dir), default=None)
-        barrier()  # until all ranks have looked
+        barrier()  # until what is removed is gone
+        good = find_common_step(self.checkpoint_dir)
         if good is None:
             advice = "there is no checkpoint yet, and the same command starts anew"
         elif good == step:
