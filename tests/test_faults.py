@@ -3,19 +3,19 @@
 The trials are those of dev/drill.py: a few of each fault here, any number there.
 """
 
-import itertools
-
 import pytest
 from test_distributed import PROCESSES
 
 from dev import drill
 
-# every fault with two of the stages in one process, and with another in two
-TRIALS = [
-    (fault, list(drill.STAGES)[(number + shift) % 4], processes)
-    for number, fault in enumerate(fault for fault in drill.FAULTS if fault != "kill_restart")
-    for shift, processes in ((0, 1), (2, 1), (1, 2))
-]
+
+def some_trials() -> list[tuple[str, str, int]]:
+    """(fault, stage, processes): every fault once in one process and once, at another stage, in two."""
+    trials = []
+    for number, fault in enumerate(fault for fault in drill.FAULTS if fault != "kill_restart"):
+        stages = [stage for stage in drill.STAGES if drill.is_possible(fault, stage)]
+        trials += [(fault, stages[number % len(stages)], 1), (fault, stages[(number + 2) % len(stages)], 2)]
+    return trials
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +25,10 @@ def trials(tmp_path_factory):
     return drill.Drill(drill.make_world(tmp_path_factory.mktemp("world")))
 
 
-@pytest.mark.parametrize(("fault", "stage", "processes"), TRIALS)
+@pytest.mark.parametrize(("fault", "stage", "processes"), some_trials())
 def test_a_run_that_was_hit_ends_as_if_nothing_had_happened(trials, fault, stage, processes):
     assert trials.trial(stage, processes, fault, "1") == ""
 
 
 def test_torchrun_brings_a_run_through_the_death_of_a_rank(trials):
     assert trials.trial("base", 2, "kill_restart", "1") == ""
-
-
-def test_every_fault_is_tried_with_one_process_and_with_two_and_every_stage_with_most():
-    assert {(fault, processes) for fault, _, processes in TRIALS} == set(
-        itertools.product(set(drill.FAULTS) - {"kill_restart"}, (1, 2))
-    )
