@@ -58,7 +58,7 @@ SLOW_IMPORTS = ["torch.fx.experimental.symbolic_shapes"]  # done when a model le
 CHILD = "NANOCHAT_DRILL"  # environment variable: what a process that the drill started is to do, as JSON
 NUM_ROWS = 16  # of each table of the world, and of what a mixture takes a certain number of
 
-COMMON = {"eval_every": -1, "save_every": SAVE_EVERY, "num_iterations": STEPS}
+COMMON = {"eval_every": -1, "save_every": SAVE_EVERY, "num_iterations": STEPS, "log_norms_every": 5}
 PACKED = {"max_seq_len": 64, "device_batch_size": 4, "total_batch_size": 512, "data_lanes": 4, "eval_tokens": 512}
 
 
@@ -160,13 +160,14 @@ def patch(script: Any, fault: str, step: int, rank: int, seed: str) -> None:
     if fault in ("nan_weight", "exploding"):
         act = poison if fault == "nan_weight" else scramble
         script.accumulate_gradients = at_call(script.accumulate_gradients, step + 1, rank, act)
-    elif fault == "loader_raises":
+    else:
+        act = fail if fault == "loader_raises" else lambda *args: time.sleep(1.0)
         name = {"scripts.chat_sft": "render_rows", "scripts.chat_rl": "sample_rollouts"}.get(script.__name__)
         if name:
-            setattr(script, name, at_call(getattr(script, name), step + 1, rank, fail))
+            setattr(script, name, at_call(getattr(script, name), step + 1, rank, act))
         else:
             rows = 8 * step // get_dist_info()[3] + 1
-            dataloader.Lane.read_row = at_call(dataloader.Lane.read_row, rows, rank, fail)
+            dataloader.Lane.read_row = at_call(dataloader.Lane.read_row, rows, rank, act)
 
 
 def run_script(script: str, settings: dict[str, Any], fault: dict[str, Any] | None) -> None:
@@ -353,18 +354,27 @@ class Drill:
         self.whole: dict[tuple[str, int], Result] = {}
 
     def start(
-        self, name: str, tag: str, processes: int, fault: dict[str, Any] | None = None, max_restarts: int = 0
+        self,
+        name: str,
+        tag: str,
+        processes: int,
+        fault: dict[str, Any] | None = None,
+        max_restarts: int = 0,
+        **settings: Any,
     ) -> Run:
         stage = STAGES[name]
-        settings = {**stage.settings, stage.tag: tag} | ({} if name == "base" else {"model_tag": "d2"})
+        settings = {**stage.settings, stage.tag: tag, **settings} | ({} if name == "base" else {"model_tag": "d2"})
         return Run(self.base_dir, stage.script, settings, processes, fault, self.quick, max_restarts)
+
+    def metrics(self, name: str, tag: str) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        with open(STAGES[name].run_dir(self.base_dir, tag) / "metrics.jsonl", encoding="utf-8") as f:
+            return [json.loads(line) for line in f]
 
     def result(self, name: str, tag: str) -> Result:
         folder = STAGES[name].run_dir(self.base_dir, tag)
-        with open(folder / "metrics.jsonl", encoding="utf-8") as f:
-            lines = [json.loads(line) for line in f]
         weights = torch.load(folder / f"model_{STEPS:06d}.pt", weights_only=True)
-        return Result(weights, {line["step"]: line["loss"] for line in lines if "loss" in line})
+        return Result(weights, {line["step"]: line["loss"] for line in self.metrics(name, tag) if "loss" in line})
 
     def reference(self, name: str, processes: int) -> Result:
         """Of the uninterrupted run."""
@@ -450,7 +460,8 @@ class Drill:
         if fault == "cut_checkpoint":
             cut_newest(folder, rng)
         newest = max(whole_checkpoints(folder), default=0)
-        if "Traceback" in run.text and fault != "loader_raises" and not problem:
+        ends_itself = processes == 1 or self.quick  # torchrun shows a traceback of its own
+        if "Traceback" in run.text and ends_itself and fault != "loader_raises" and not problem:
             problem = "a traceback"
         if fault in ("sigterm", "sigint") and f"stopped at step {newest};" not in run.text:
             problem = "it did not save before it left"

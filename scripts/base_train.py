@@ -33,13 +33,12 @@ from nanochat.dataloader import (
     tokenizing_distributed_data_loader,
 )
 from nanochat.gpt import GPT, config_from_depth
+from nanochat.guard import Saver, StallWatch
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.train import (
     MetricsLog,
-    Saver,
-    StallWatch,
     StopSignal,
     TrainMeter,
     accumulate_gradients,

@@ -32,12 +32,11 @@ from nanochat.common import (
 from nanochat.configurator import opt, parse
 from nanochat.dataloader import Row, count_targets, padded_batches
 from nanochat.engine import Engine, Request
+from nanochat.guard import Saver, StallWatch
 from nanochat.report import get_report
 from nanochat.task_eval import evaluate_task, reply_text
 from nanochat.train import (
     MetricsLog,
-    Saver,
-    StallWatch,
     StopSignal,
     TrainMeter,
     accumulate_gradients,
@@ -149,7 +148,7 @@ def main(config: Config) -> dict[str, float]:
     optimizers = model.setup_optimizers(
         config.unembedding_lr, config.embedding_lr, config.matrix_lr, config.weight_decay
     )
-    meter = TrainMeter(model.estimate_flops(), device)
+    meter = TrainMeter(model.estimate_flops(), device)  # sets no bound: what shows a collapse is the reward
     checkpoint_dir = checkpoint_root("rl") / (config.output_tag or source_meta["model_tag"])
     origin = source_meta["origin"]
     start_step, _ = resume_training(checkpoint_dir, model, optimizers, meter, config, tokenizer, origin)

@@ -16,14 +16,13 @@ from nanochat.checkpoint_manager import checkpoint_root, load_model, resume_trai
 from nanochat.common import UserError, autocast, compute_init, init_wandb, print0, print_banner, user_errors
 from nanochat.configurator import opt, parse
 from nanochat.dataloader import Row, count_targets, deal_rows, padded_batches, prefetch, render_example
+from nanochat.guard import Saver, StallWatch
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report
 from nanochat.task_eval import evaluate_task
 from nanochat.tokenizer import get_token_bytes
 from nanochat.train import (
     MetricsLog,
-    Saver,
-    StallWatch,
     StopSignal,
     TrainMeter,
     accumulate_gradients,

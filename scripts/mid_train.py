@@ -16,13 +16,12 @@ from nanochat.checkpoint_manager import checkpoint_root, load_model, resume_trai
 from nanochat.common import compute_init, init_wandb, print0, print_banner, user_errors
 from nanochat.configurator import opt, parse
 from nanochat.dataloader import DATA_LANES, conversation_data_loader, count_conversations, gather_cursors
+from nanochat.guard import Saver, StallWatch
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes
 from nanochat.train import (
     MetricsLog,
-    Saver,
-    StallWatch,
     StopSignal,
     TrainMeter,
     accumulate_gradients,

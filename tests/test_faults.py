@@ -32,3 +32,26 @@ def test_a_run_that_was_hit_ends_as_if_nothing_had_happened(trials, fault, stage
 
 def test_torchrun_brings_a_run_through_the_death_of_a_rank(trials):
     assert trials.trial("base", 2, "kill_restart", "1") == ""
+
+
+@pytest.mark.parametrize(("stage", "processes"), [("base", 2), ("mid", 1), ("sft", 1), ("rl", 1)])
+def test_a_loader_that_sleeps_is_a_wait_for_data_and_a_stall_of_every_rank(trials, stage, processes):
+    """At the fourth step, for a second. The loaders are ahead by a few batches, so it shows a little later."""
+    fault = {"fault": "loader_sleeps", "step": 3, "rank": 0, "seed": "1"}
+    run = trials.start(stage, "asleep", processes, fault, log_stall_seconds=0.3, num_iterations=12)
+    assert run.finish() == 0
+    for rank in range(processes):
+        assert f"rank {rank}: no step for " in run.text
+    assert "in <lambda>" in run.text  # the stack of the sleeper
+    waits = [line["data_wait_seconds"] for line in trials.metrics(stage, "asleep") if "loss" in line]
+    assert len(waits) == 12 and (max(waits) > 0.3 or stage == "rl")
+
+
+@pytest.mark.parametrize("stage", drill.STAGES)
+def test_every_stage_logs_its_norms_now_and_then(trials, stage):
+    trials.reference(stage, 1)
+    lines = [line for line in trials.metrics(stage, "whole-1") if "loss" in line]
+    assert all("grad_norm" in line for line in lines)
+    for kind in ("grad_norm", "update_norm"):
+        found = [line["step"] for line in lines if f"{kind}/lm_head" in line and f"{kind}/32x32" in line]
+        assert found == [step for step in range(5, drill.STEPS + 1, 5)]
