@@ -82,6 +82,10 @@ class AdamW:
             sum_of_squares += self.grads[p].square().sum()
         return sum_of_squares
 
+    def group_squares(self) -> list[torch.Tensor]:
+        """A group's sum of squares of this rank's share of the averaged gradient, each; between reduce and step."""
+        return [sum(self.grads[p].square().sum() for p in group["params"]) for group in self.param_groups]
+
     @torch.no_grad()
     def step(self, scale: float | torch.Tensor = 1.0) -> None:
         """Update every parameter with its reduced gradient times scale. Every rank must call, after reduce."""

@@ -8,18 +8,32 @@
 Each file is written to a temporary name and renamed. The metadata records the sizes of the others, so that a file cut
 short by a full disk or a crash is never taken for a checkpoint: the one before is used, with a warning. Weights load
 with weights_only=True: a checkpoint cannot execute anything.
+
+Hosts that share no disk have all of it each (common.is_writer), and go on from the last step that none of them lacks.
 """
 
+import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanochat.common import UserError, atomic_write, barrier, get_base_dir, get_dist_info, print0
+from nanochat.common import (
+    UserError,
+    atomic_write,
+    barrier,
+    check_same,
+    gather_objects,
+    get_base_dir,
+    get_dist_info,
+    is_writer,
+    print0,
+)
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import get_tokenizer
 
@@ -40,7 +54,7 @@ CHAT_SOURCES = ("rl", "sft", "mid")  # the stages whose models chat, the furthes
 # portions it is computed, what is measured and what is kept, not what is trained. runs/stage.sh has the same list.
 FREE_SETTINGS = (
     *("run", "resume", "device_type", "device_batch_size", "compile", "tokenized_cache"),
-    *("eval_", "sample_", "save_", "core_metric_", "plan"),
+    *("eval_", "sample_", "save_", "log_", "core_metric_", "plan"),
 )
 
 
@@ -62,48 +76,64 @@ def save_checkpoint(
     optimizer_data: Any,
     meta_data: dict[str, Any],
 ) -> None:
-    """Write a checkpoint; rank 0 writes, every rank must call (and must have gathered optimizer_data before).
+    """Write a checkpoint; is_writer writes, every rank must call (and must have gathered optimizer_data before).
 
     optimizer_data may be None (a checkpoint that cannot be resumed). Raises UserError when the disk is full.
     """
-    if get_dist_info()[1] == 0:
-        folder = Path(checkpoint_dir)
-        files = {f"model_{step:06d}.pt": model_data}
-        if optimizer_data is not None:
-            files[f"optim_{step:06d}.pt"] = optimizer_data
-        try:
+    folder = Path(checkpoint_dir)
+    files = {f"model_{step:06d}.pt": model_data}
+    if optimizer_data is not None:
+        files[f"optim_{step:06d}.pt"] = optimizer_data
+    if is_writer():
+        with _named_disk_errors(folder, step):
             # a checkpoint of this step may be there already: without its metadata it no longer counts as complete
             _meta_path(folder, step).unlink(missing_ok=True)
             for name, data in files.items():
                 with atomic_write(folder / name, "wb") as f:
                     torch.save(data, f)
+    barrier()  # one disk is slower than another: it becomes complete on all hosts within moments
+    if is_writer():
+        with _named_disk_errors(folder, step):
             sizes = {name: (folder / name).stat().st_size for name in files}
             write_meta(folder, step, {"step": step, "files": sizes, **meta_data})
             for partial in folder.glob(".*.tmp"):  # what a kill in the middle of an earlier save left behind
                 partial.unlink()
-        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-            raise UserError(f"cannot write checkpoint {step} to {folder}: {error} (is the disk full?)") from error
     barrier()
 
 
+@contextlib.contextmanager
+def _named_disk_errors(folder: Path, step: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        raise UserError(f"cannot write checkpoint {step} to {folder}: {error} (is the disk full?)") from error
+
+
 def write_meta(checkpoint_dir: str | Path, step: int, meta_data: dict[str, Any]) -> None:
-    """Write or replace the metadata of a checkpoint, atomically. Local: call on rank 0."""
+    """Write or replace the metadata of a checkpoint, atomically. Local: call where is_writer."""
     with atomic_write(_meta_path(Path(checkpoint_dir), step)) as f:
         json.dump(meta_data, f, indent=2)
 
 
 def update_meta(checkpoint_dir: str | Path, step: int, **changes: Any) -> None:
-    """Add to the metadata of a checkpoint what was measured after it was saved. Local: rank 0 writes."""
-    if get_dist_info()[1] == 0:
+    """Add to the metadata of a checkpoint what was measured after it was saved. Local: is_writer writes."""
+    if is_writer():
         write_meta(checkpoint_dir, step, {**read_meta(checkpoint_dir, step), **changes})
 
 
 def prune_checkpoints(checkpoint_dir: str | Path, keep: int) -> None:
-    """Remove all but the newest `keep` complete checkpoints (-1 keeps all). Local: rank 0 removes."""
+    """Remove all but the newest `keep` complete checkpoints (-1 keeps all). Local: is_writer removes."""
     folder = Path(checkpoint_dir)
-    if keep < 0 or get_dist_info()[1] != 0:
+    if keep < 0 or not is_writer():
         return
     for step in complete_steps(folder)[:-keep] if keep else []:
+        remove_checkpoint(folder, step)
+
+
+def remove_checkpoint(checkpoint_dir: str | Path, step: int) -> None:
+    """Remove a checkpoint, its metadata first. Local: is_writer removes."""
+    folder = Path(checkpoint_dir)
+    if is_writer():
         for path in (_meta_path(folder, step), folder / f"model_{step:06d}.pt", folder / f"optim_{step:06d}.pt"):
             path.unlink(missing_ok=True)
 
@@ -239,7 +269,8 @@ def load_model(
 
     model_tag None or '' takes the largest model, step None or -1 the last one. meta_data gains "source", "model_tag"
     and "checkpoint_dir", which say which checkpoint it was, and "origin", the same for the metadata of runs that start
-    from it. Raises UserError, naming the command, where there is none.
+    from it. Raises UserError, naming the command, where there is none. Every rank must call: it raises, too, where the
+    ranks found different ones.
     """
     root = checkpoint_root(source)
     try:
@@ -253,6 +284,7 @@ def load_model(
     print0(f"model: {root / tag}, step {step}")
     model, tokenizer, meta = build_model(root / tag, step, device, phase)
     origin = {"source": source, "model_tag": tag, "step": step, "fingerprint": _fingerprint(model)}
+    check_same(f"the checkpoints in {root}", origin)
     found = {"source": source, "model_tag": tag, "checkpoint_dir": str(root / tag), "origin": origin}
     return model, tokenizer, {**meta, **found}
 
@@ -303,7 +335,7 @@ def save_training(
     tokenizer: Any,
     **meta_data: Any,
 ) -> None:
-    """Save a run so that resume_training can take it up; keeps config.save_keep checkpoints. Every rank must call.
+    """Save a run so that resume_training can take it up. Every rank must call.
 
     meta_data: what else the run needs to know when it goes on, JSON-able.
     """
@@ -318,7 +350,6 @@ def save_training(
         **meta_data,
     }
     save_checkpoint(checkpoint_dir, step, model.state_dict(), optimizer_data, meta)
-    prune_checkpoints(checkpoint_dir, config.save_keep)
 
 
 def resume_training(
@@ -332,27 +363,47 @@ def resume_training(
 ) -> tuple[int, dict[str, Any]]:
     """(step, meta_data) from which a run goes on, with its state in model, optimizers and meter; (0, {}) for a new run.
 
-    What a new run replaces is removed. origin: the checkpoint and the data that the run starts from. Every rank must
-    call. Raises UserError as find_resume_step does.
+    What a new run replaces is removed. origin: the checkpoint and the data that the run starts from. Where the newest
+    checkpoint has the right size but cannot be read, the one before is taken. Every rank must call. Raises UserError
+    as find_resume_step does, and where no checkpoint can be read: that they are lost is the user's to say.
     """
+    if config.save_keep == 0:
+        raise UserError("--save_keep=0 would keep no checkpoint: 1 or more are wanted, or -1 for all")
+    check_same("the tokenizer", tokenizer.hash)
+    check_same("the data", origin)
     step = find_resume_step(checkpoint_dir, config, config.resume, tokenizer, origin)
     if step is None:
         clear_checkpoints(checkpoint_dir)
         return 0, {}
-    model_data, optimizer_data, meta = load_checkpoint(checkpoint_dir, step, "cpu", load_optimizer=True)
+    while True:
+        problem = ""
+        try:
+            model_data, optimizer_data, meta = load_checkpoint(checkpoint_dir, step, "cpu", load_optimizer=True)
+        except UserError as error:
+            problem = str(error)
+        problem = next(filter(None, gather_objects(problem)), "")
+        if not problem:
+            break
+        unreadable, step = step, find_common_step(checkpoint_dir, before=step)
+        if step is None:
+            raise UserError(problem)
+        print0(f"warning: checkpoint {unreadable} is removed, as it cannot be used: {problem}")
+        remove_checkpoint(checkpoint_dir, unreadable)
     load_weights(model, model_data)
     for optimizer, state in zip(optimizers, optimizer_data["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     torch.set_rng_state(optimizer_data["rng"])
     meter.load_state_dict(meta["meter"])
     print0(f"resumed from step {step} of {checkpoint_dir}")
+    if "failed_afterwards" in meta:
+        print0(f"warning: from this checkpoint on the run has failed before, at {meta['failed_afterwards']}")
     return step, meta
 
 
 def find_resume_step(
     checkpoint_dir: str | Path, config: Any, resume: str, tokenizer: Any, origin: dict[str, Any] | None = None
 ) -> int | None:
-    """The step from which a run goes on, or None for a new run. The same on every rank.
+    """The step from which a run goes on, or None for a new run. The same on every rank; every rank must call.
 
     resume: 'auto' takes up the checkpoint of a run with the same settings, if there is one; 'never' starts anew.
     Raises UserError where the folder holds a run with other settings, another tokenizer or another origin, naming the
@@ -360,10 +411,10 @@ def find_resume_step(
     """
     if resume == "never":
         return None
-    steps = complete_steps(checkpoint_dir)
-    if not steps:
+    step = find_common_step(checkpoint_dir)
+    if step is None:
         return None
-    meta = read_meta(checkpoint_dir, steps[-1])
+    meta = read_meta(checkpoint_dir, step)
     tag = "output_tag" if hasattr(config, "output_tag") else "model_tag"
     anew = f"--resume=never starts anew and replaces it, --{tag}=NAME leaves it alone"
     saved, current = meta.get("user_config", {}), asdict(config)
@@ -375,13 +426,30 @@ def find_resume_step(
         raise UserError(f"{checkpoint_dir} holds a run with another tokenizer: {anew}")
     if meta.get("origin") != origin:
         raise UserError(f"{checkpoint_dir} holds a run that started from another checkpoint or with other data: {anew}")
-    return steps[-1]
+    return step
+
+
+def find_common_step(checkpoint_dir: str | Path, before: int | None = None) -> int | None:
+    """The last step (before that one) whose checkpoint no rank lacks; None where none has any. Every rank must call.
+
+    Hosts that share no disk differ by a step where one of them died while they were saving. Raises UserError where a
+    host has nothing of what the others have: a run that starts anew on all of them would remove it.
+    """
+    steps = complete_steps(checkpoint_dir)
+    found = gather_objects([step for step in steps if before is None or step < before])
+    common = set(found[0]).intersection(*found)
+    if any(found) and not common:
+        raise UserError(
+            f"the hosts have no checkpoint in common in {checkpoint_dir}: copy the folder from the one that has the "
+            "last one to the others, or start anew with --resume=never"
+        )
+    return max(common, default=None)
 
 
 def clear_checkpoints(checkpoint_dir: str | Path) -> None:
     """Remove a former run's checkpoints, lest its last step be taken for the new run's. Every rank must call."""
     barrier()  # until all ranks have looked for a checkpoint to resume from
-    if get_dist_info()[1] == 0 and Path(checkpoint_dir).is_dir():
+    if is_writer() and Path(checkpoint_dir).is_dir():
         for path in Path(checkpoint_dir).iterdir():
             if re.fullmatch(r"(model|optim|meta)_\d+\.(pt|json)", path.name):
                 path.unlink()

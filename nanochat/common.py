@@ -3,6 +3,9 @@
 One code path serves every world size: the collectives below are the identity on one process, so no caller asks whether
 there are several. compute_init starts NCCL on CUDA and Gloo on a CPU, as torchrun's environment says.
 
+Hosts may share the base directory or have one each, as replicas: compute_init finds out which, and is_writer names the
+one rank that writes in each. check_same catches replicas that are none.
+
 What a kind of device wants is decided here and nowhere else:
 
 - dtype: matmuls in bfloat16 on CUDA devices that have it, else float32. There is no bfloat16 arithmetic on a CPU, where
@@ -45,6 +48,9 @@ PEAK_FLOPS = {
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
+TIMEOUT = timedelta(hours=2)  # how long ranks wait for each other, for one that downloads for instance
+
+
 class UserError(ValueError):
     """Something that the user can mend. The message is one line: what is wrong, and what command or setting helps."""
 
@@ -52,9 +58,9 @@ class UserError(ValueError):
 def user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a script's main: what the user can mend ends the program with one line instead of a traceback.
 
-    That is UserError, OSError and a GPU that is out of memory. NANOCHAT_TRACEBACK=1 shows the traceback all the same.
-    A process group is taken down only where all ranks end: after an error the others still wait for this one, and it
-    is the launcher that ends them.
+    That is UserError, OSError, a GPU that is out of memory and the loss of another rank. NANOCHAT_TRACEBACK=1 shows the
+    traceback all the same. A process group is taken down only where all ranks end: after an error the others still
+    wait for this one, and it is the launcher that ends them.
     """
 
     @functools.wraps(main)
@@ -68,6 +74,11 @@ def user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             hint = "; try half the --device_batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
             print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
+        except RuntimeError as error:
+            if os.environ.get("NANOCHAT_TRACEBACK") or not (is_distributed() and "gloo" in str(error)):
+                raise
+            print("error: the connection to another process of the run was lost", file=sys.stderr, flush=True)
             raise SystemExit(1) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
@@ -111,6 +122,9 @@ def autodetect_device_type() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+_is_writer: bool | None = None  # found by compute_init where there are several hosts
+
+
 def compute_init(device_type: str = "", seed: int = 42) -> Runtime:
     """Seed torch, pick the device and start the process group if torchrun launched us. Every rank must call.
 
@@ -139,14 +153,57 @@ def compute_init(device_type: str = "", seed: int = 42) -> Runtime:
         if device_type == "mps":
             raise UserError("several processes need CUDA or CPU: add --device_type=cpu, or run without torchrun")
         backend = "nccl" if device_type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=device if backend == "nccl" else None)
+        dist.init_process_group(
+            backend,
+            store=_attempt_store(),
+            rank=rank,
+            world_size=world_size,
+            timeout=TIMEOUT,
+            device_id=device if backend == "nccl" else None,
+        )
+        if int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) < world_size:
+            global _is_writer
+            _is_writer = _sees_directory_first()
     return Runtime(ddp, rank, local_rank, world_size, device)
+
+
+def _attempt_store() -> dist.Store | None:
+    """The store over which the ranks of this attempt meet; None leaves its choice to torch.
+
+    torchrun keeps one store over all its restarts, and what the ranks of a failed attempt left there would send the
+    new ones to addresses where nobody listens. So each attempt has a part of its own.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=TIMEOUT)
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _sees_directory_first() -> bool:
+    """Whether no rank before this one sees the same base directory. Every rank must call."""
+    with tempfile.NamedTemporaryFile(dir=get_base_dir(), prefix=".rank-") as mark:
+        names = gather_objects(Path(mark.name).name)
+        first = next(rank for rank, name in enumerate(names) if (get_base_dir() / name).exists())
+        barrier()  # until all have looked
+    return first == dist.get_rank()
 
 
 def compute_cleanup() -> None:
     """Take the process group down if there is one."""
+    global _is_writer
+    _is_writer = None
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_writer() -> bool:
+    """Whether this rank writes what concerns all ranks: one does for each base directory.
+
+    That is rank 0 alone where all hosts share a disk, and one rank a host where each has its own: they all write the
+    same, and every host has all of it.
+    """
+    return get_dist_info()[1] == 0 if _is_writer is None else _is_writer
 
 
 def is_distributed() -> bool:
@@ -220,6 +277,19 @@ def all_gather_shares(share: torch.Tensor) -> torch.Tensor:
     return joined
 
 
+def check_same(what: str, value: Any) -> None:
+    """Raise UserError on all ranks unless the picklable value is the same on each. Every rank must call.
+
+    what is named in the message. Hosts with base directories of their own may differ where they must not.
+    """
+    values = gather_objects(value)
+    if any(other != values[0] for other in values):
+        raise UserError(
+            f"the hosts differ in {what}: without a shared disk each needs a whole copy of {get_base_dir()}; "
+            "copy what is missing from one to the others"
+        )
+
+
 def barrier() -> None:
     """Wait until all ranks are here."""
     if is_distributed():
@@ -228,14 +298,16 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def on_rank0_first() -> Iterator[None]:
-    """Run the body on rank 0 while the others wait, then on them: for work whose result rank 0 leaves on disk."""
-    rank = get_dist_info()[1]
-    if rank != 0:
+    """Run the body on rank 0 while the others wait, then on them: for work whose result stays on disk.
+
+    Where hosts share no disk it runs first on one rank of each (is_writer).
+    """
+    if not is_writer():
         barrier()
     try:
         yield
     finally:
-        if rank == 0:
+        if is_writer():
             barrier()
 
 

@@ -33,7 +33,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from nanochat.common import UserError, all_reduce_sum, atomic_write, gather_objects, get_base_dir, get_dist_info, pin
+from nanochat.common import (
+    UserError,
+    all_reduce_sum,
+    atomic_write,
+    check_same,
+    gather_objects,
+    get_base_dir,
+    get_dist_info,
+    pin,
+)
 from nanochat.conversation import ConversationError
 from nanochat.cross_entropy import IGNORE_INDEX
 from nanochat.dataset import RowGroup, read_row_group, row_groups, shard_fingerprint, split_files
@@ -184,8 +193,10 @@ def tokenizing_distributed_data_loader(
 
     cursors: where to go on, one cursor for each lane (gather_cursors of a former loader, at any world size); None
     starts at the beginning. Row i of the rank's sequence comes from its lane i modulo the number of its lanes.
-    Raises UserError at once, before the first batch, for data that cannot serve the lanes.
+    Raises UserError at once, before the first batch, for data that cannot serve the lanes or are not the same on all
+    hosts. Every rank must call.
     """
+    check_same(f"the shards of the {split} split", shard_identities(split))
     groups = row_groups(split_files(split))
     more = ", or get more data (python -m nanochat.dataset -n 8)" if split == "train" else ""
     check_lanes(len(groups), data_lanes, get_dist_info()[3], f"the {split} split has {len(groups)} row groups", more)

@@ -260,8 +260,8 @@ class GPT(nn.Module):
         scale = (self.config.n_embd / 768) ** -0.5
         adamw = AdamW(
             [
-                {"params": [self.lm_head.weight], "lr": unembedding_lr * scale},
-                {"params": [self.transformer.wte.weight], "lr": embedding_lr * scale},
+                {"name": "lm_head", "params": [self.lm_head.weight], "lr": unembedding_lr * scale},
+                {"name": "wte", "params": [self.transformer.wte.weight], "lr": embedding_lr * scale},
             ],
             weight_decay=weight_decay,
         )

@@ -98,6 +98,10 @@ class Muon:
             sum_of_squares += self.grads[-1].square().sum()
         return sum_of_squares
 
+    def group_squares(self) -> list[torch.Tensor]:
+        """A group's sum of squares of this rank's share of the averaged gradient, each; between reduce and step."""
+        return [grads.square().sum() for grads in self.grads]
+
     @torch.no_grad()
     def step(self, scale: float | torch.Tensor = 1.0) -> None:
         """Update every matrix with its reduced gradient times scale. Every rank must call, after reduce."""

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from nanochat.common import UserError, atomic_write, format_seconds, get_base_dir, get_dist_info, print0, user_errors
+from nanochat.common import UserError, atomic_write, format_seconds, get_base_dir, is_writer, print0, user_errors
 from nanochat.curves import draw_curves
 
 # Dollars per GPU and hour, by a part of the name that CUDA reports; the first match counts. Rounded on-demand prices
@@ -137,12 +137,12 @@ POCKET_NOTE = (
 
 
 def get_report() -> "Report | DummyReport":
-    """The report in the base directory; on ranks other than 0 one that writes nothing."""
-    return Report() if get_dist_info()[1] == 0 else DummyReport()
+    """The report in the base directory; one that writes nothing where another rank does."""
+    return Report() if is_writer() else DummyReport()
 
 
 class DummyReport:
-    """Stands in for the report on ranks other than 0."""
+    """Stands in for the report on ranks that do not write it."""
 
     def log(self, section: str, data: list[Any]) -> None:
         """Write nothing."""

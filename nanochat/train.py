@@ -1,4 +1,4 @@
-"""What the training loops share: sizes, schedules, one optimizer step, meters, metrics, stopping and resuming.
+"""What the training loops share: sizes, schedules, one optimizer step, meters, metrics, stop signals.
 
 The loops themselves stay in the scripts, where they can be read from top to bottom. Nothing here knows what a loop
 trains on: a step is a list of (inputs, targets) micro-batches and a number of targets to divide the loss by.
@@ -9,9 +9,8 @@ import json
 import math
 import os
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,6 +27,7 @@ from nanochat.common import (
     device_name,
     format_seconds,
     get_dist_info,
+    is_writer,
     peak_flops,
     peak_memory_bytes,
     print0,
@@ -38,6 +38,8 @@ from nanochat.engine import Engine
 
 UNTIMED_STEPS = 10  # compilation and warm caches: time is counted from the step after these
 EMA_BETA = 0.9
+AVERAGE_STEPS = 10  # updates before the average loss means anything
+MIN_RISE_NATS = 2.0  # of the average loss above its minimum, before a run counts as lost
 WANDB_EVERY = 100  # steps between points of the training curves
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,11 +206,19 @@ def _backward(model: Any, rows: tuple[torch.Tensor, ...], scale: float, device: 
     return loss.detach()
 
 
-def step_optimizers(optimizers: list[Any], multiplier: float, momentum: float, grad_clip: float = 0.0) -> float:
+def step_optimizers(
+    optimizers: list[Any],
+    multiplier: float,
+    momentum: float,
+    grad_clip: float = 0.0,
+    group_norms: dict[str, float] | None = None,
+) -> float:
     """Reduce, clip by the global norm (grad_clip 0: off), update; return the gradient norm before clipping.
 
     multiplier scales every group's initial_lr; momentum goes to the groups that have one (Muon's). Clears the
-    gradients. Every rank must call.
+    gradients. group_norms, if given, gains each parameter group's "grad_norm/<group>", before clipping, and
+    "update_norm/<group>". A norm that is not finite updates nothing: the caller has to end the run, as
+    guard.Saver.check does. Every rank must call.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -217,14 +227,40 @@ def step_optimizers(optimizers: list[Any], multiplier: float, momentum: float, g
                 group["momentum"] = momentum
     norm = all_reduce_sum(sum(optimizer.reduce() for optimizer in optimizers)).sqrt().item()
     if not math.isfinite(norm):
-        raise UserError("the gradient is no longer finite: lower the learning rates, or go on from the last checkpoint")
+        return norm
+    finish_norms = _start_group_norms(optimizers) if group_norms is not None else dict
     scale = min(1.0, grad_clip / (norm + 1e-6)) if grad_clip > 0 else 1.0
     for optimizer in optimizers:
         optimizer.step(scale)
         for group in optimizer.param_groups:
             for p in group["params"]:
                 p.grad = None
+    if group_norms is not None:
+        group_norms.update(finish_norms())
     return norm
+
+
+def _start_group_norms(optimizers: list[Any]) -> Callable[[], dict[str, float]]:
+    """Call it between reduce and step, and what it returns after the step, for the norms of each parameter group.
+
+    Takes a copy of the parameters, at a time when the activations are gone. Every rank must call.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    names = [group.get("name") or "x".join(map(str, group["params"][0].shape)) for group in groups]
+    grads = all_reduce_sum(torch.stack([sum_ for optimizer in optimizers for sum_ in optimizer.group_squares()]))
+    before = [[p.detach().clone() for p in group["params"]] for group in groups]
+
+    def finish() -> dict[str, float]:
+        updates = torch.stack(
+            [
+                sum((p.detach() - old).float().square().sum() for p, old in zip(group["params"], olds, strict=True))
+                for group, olds in zip(groups, before, strict=True)
+            ]
+        )
+        norms = {"grad_norm": grads.sqrt().tolist(), "update_norm": updates.sqrt().tolist()}
+        return {f"{kind}/{name}": v for kind, values in norms.items() for name, v in zip(names, values, strict=True)}
+
+    return finish
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,36 +271,56 @@ class TrainMeter:
     """Loss average, speed and time of a training run; its state goes into the checkpoint.
 
     The loss is a debiased exponential moving average: a constant loss c reads c from the first update on. Time is
-    counted without the first UNTIMED_STEPS steps of each process.
+    counted without the first UNTIMED_STEPS steps of each process. vocab_size bounds the loss (loss_limit); it is left
+    out where the loss is no mean of -log p, as in reinforcement learning.
     """
 
-    def __init__(self, flops_per_token: float, device: torch.device):
+    def __init__(self, flops_per_token: float, device: torch.device, vocab_size: int | None = None):
         _, _, _, world_size = get_dist_info()
-        self.flops_per_token, self.device = flops_per_token, device
+        self.flops_per_token, self.device, self.vocab_size = flops_per_token, device, vocab_size
         peak = peak_flops(device_name(device))
         self.peak = peak * world_size if peak else None
         self.updates = 0
         self.loss_average = 0.0  # biased towards 0
+        self.min_loss: float | None = None  # of the debiased average
         self.timed_steps = 0
         self.timed_tokens = 0
         self.timed_seconds = 0.0
         self.steps_here = 0  # in this process: a resumed run compiles and warms up again
+        self.val_bpb: float | None = None  # the last that was measured
         self.min_val_bpb: float | None = None
         self.last_tokens = 0
         self.last_seconds = 0.0
+        self.data_seconds = 0.0  # of the step, spent on waiting for data
         self.started = 0.0
+        self.moved_at = time.monotonic()  # when the last step ended
 
     def start_step(self) -> None:
         """The step's clock starts."""
         synchronize(self.device)
-        self.started = time.perf_counter()
+        self.started, self.data_seconds = time.perf_counter(), 0.0
+
+    def watch_data(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The same batches; the time that they take to come is the step's wait for data."""
+        iterator = iter(batches)
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.data_seconds += time.perf_counter() - began
+            yield batch
 
     def end_step(self, loss: float, num_tokens: int) -> None:
         """The step is done; loss in nats per token, num_tokens of all ranks went through the model."""
         synchronize(self.device)
         self.last_tokens, self.last_seconds = num_tokens, time.perf_counter() - self.started
+        self.moved_at = time.monotonic()
         self.updates += 1
         self.loss_average = EMA_BETA * self.loss_average + (1 - EMA_BETA) * loss
+        if self.updates >= AVERAGE_STEPS:
+            self.min_loss = self.loss if self.min_loss is None else min(self.min_loss, self.loss)
         self.steps_here += 1
         if self.steps_here > UNTIMED_STEPS:
             self.timed_steps += 1
@@ -272,13 +328,27 @@ class TrainMeter:
             self.timed_seconds += self.last_seconds
 
     def note_val_bpb(self, val_bpb: float) -> None:
-        """Keep the smallest validation bits per byte."""
+        """Keep the last and the smallest validation bits per byte."""
+        self.val_bpb = val_bpb
         self.min_val_bpb = val_bpb if self.min_val_bpb is None else min(self.min_val_bpb, val_bpb)
 
     @property
     def loss(self) -> float:
         """The debiased average loss."""
         return self.loss_average / (1 - EMA_BETA**self.updates) if self.updates else float("nan")
+
+    @property
+    def loss_limit(self) -> float:
+        """Above it the loss has exploded, in nats: infinity without a vocab_size.
+
+        It is half-way between the smallest average so far and the loss of a model that knows nothing, ln(vocab_size),
+        but at least MIN_RISE_NATS above the smallest average: half of what was learned is lost.
+        """
+        if self.vocab_size is None:
+            return math.inf
+        knows_nothing = math.log(self.vocab_size)
+        best = knows_nothing if self.min_loss is None else min(self.min_loss, knows_nothing)
+        return max((best + knows_nothing) / 2, best + MIN_RISE_NATS)
 
     @property
     def tokens_per_second(self) -> float:
@@ -303,13 +373,17 @@ class TrainMeter:
         return steps_left * self.timed_seconds / self.timed_steps if self.timed_steps else None
 
     def line(self, step: int, num_steps: int, **extra: Any) -> str:
-        """One line of the training log."""
+        """One line of the training log; the memory is the most that was in use so far."""
         parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}", f"loss {self.loss:.4f}"]
+        if self.val_bpb is not None:
+            parts.append(f"val bpb {self.val_bpb:.4f}")
         parts += [f"{name} {value:.3g}" for name, value in extra.items()]
         parts += [f"{self.last_seconds * 1000:.0f} ms", f"{self.tokens_per_second:,.0f} tok/s"]
         mfu, eta = self.mfu(), self.eta_seconds(num_steps - step)
         if mfu is not None:
             parts.append(f"mfu {mfu:.1%}")
+        parts.append(f"data wait {self.data_seconds * 1000:.0f} ms")
+        parts.append(f"memory {peak_memory_bytes(self.device) / 1e9:.1f} GB")
         if eta is not None:
             parts.append(f"{format_seconds(eta)} left")
         return " | ".join(parts)
@@ -324,7 +398,10 @@ class TrainMeter:
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
 
-    STATE = ("updates", "loss_average", "timed_steps", "timed_tokens", "timed_seconds", "min_val_bpb")
+    STATE = (
+        *("updates", "loss_average", "min_loss", "val_bpb", "min_val_bpb"),
+        *("timed_steps", "timed_tokens", "timed_seconds"),
+    )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if nothing had happened; JSON-able."""
@@ -337,11 +414,11 @@ class TrainMeter:
 
 
 class MetricsLog:
-    """What is measured on the way: metrics.jsonl beside a checkpoint, and a wandb run.
+    """What is measured on the way: the lines of the log, metrics.jsonl beside a checkpoint, and a wandb run.
 
-    In the file each line is a JSON object with "step" and whatever was measured at it. Rank 0 writes. Lines after the
-    step at which a run starts or resumes are dropped; what is measured again at that very step is there twice, and the
-    later line counts.
+    In the file each line is a JSON object with "step" and whatever was measured at it. is_writer writes, rank 0 tells
+    wandb. Lines after the step at which a run starts or resumes are dropped; what is measured again at that very step
+    is there twice, and the later line counts.
     """
 
     WANDB_NAMES = {
@@ -351,30 +428,45 @@ class MetricsLog:
         "val_bpb": "val/bpb",
     }
 
-    def __init__(self, checkpoint_dir: str | Path, from_step: int = 0, wandb_run: Any = None):
+    def __init__(self, checkpoint_dir: str | Path, from_step: int = 0, wandb_run: Any = None, log_every: int = 1):
+        self.log_every = log_every
         self.path = Path(checkpoint_dir) / "metrics.jsonl"
         self.wandb_run = wandb_run or DummyWandb()
-        self.is_writer = get_dist_info()[1] == 0
+        self.is_writer = is_writer()
         if not self.is_writer:
             return
         kept = [line for line in self._lines() if from_step and _step_of(line) <= from_step]
         with atomic_write(self.path) as f:
             f.writelines(kept)
 
-    def log(self, step: int, **metrics: Any) -> None:
-        """Append a line, and tell wandb."""
+    def log(self, step: int, **metrics: float) -> None:
+        """What an evaluation found."""
+        print0(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         self._write(step, metrics)
         self._tell_wandb(step, metrics)
 
-    def log_step(self, step: int, meter: "TrainMeter", loss: float, multiplier: float, **metrics: Any) -> None:
-        """What every optimizer step has, and metrics of its own. wandb gets the average loss, every WANDB_EVERY steps.
+    def log_step(
+        self,
+        step: int,
+        num_steps: int,
+        meter: TrainMeter,
+        loss: float,
+        multiplier: float,
+        group_norms: dict[str, float] | None = None,
+        **metrics: Any,
+    ) -> None:
+        """What every optimizer step has, and metrics of its own, which are in the line of the log as well.
 
-        step counts the updates made; loss in nats per token; multiplier is the one on the learning rates.
+        step counts the updates made; loss in nats per token; multiplier is the one on the learning rates. A line is
+        printed every log_every steps and at the last, and wandb gets the average loss every WANDB_EVERY steps.
         """
-        common = {"lr_multiplier": multiplier, "tokens_per_second": meter.tokens_per_second, **metrics}
+        speed = {"tokens_per_second": meter.tokens_per_second, "data_wait_seconds": meter.data_seconds}
+        common = {"lr_multiplier": multiplier, **speed, **metrics, **(group_norms or {})}
         self._write(step, {"loss": loss, **common})
         if is_due(step, WANDB_EVERY):
             self._tell_wandb(step, {"loss": meter.loss, **common})
+        if is_due(step, self.log_every) or (step == num_steps and self.log_every > 0):
+            print0(meter.line(step, num_steps, lr=multiplier, **metrics))
 
     def _write(self, step: int, metrics: dict[str, Any]) -> None:
         if self.is_writer:
@@ -468,19 +560,3 @@ class StopSignal:
     def exit_code(self) -> int:
         """What a shell expects of a process that a signal ended: 128 + its number."""
         return 128 + (self.received or signal.SIGTERM)
-
-
-def save_or_stop(step: int, start_step: int, is_due: bool, is_last: bool, stop: StopSignal, save: Callable) -> bool:
-    """Call save(step) where a checkpoint is due, at the last step, and where the run was told to stop: then leave, too.
-
-    Call it before anything is evaluated: whatever goes wrong there then costs nothing. start_step has its checkpoint
-    already. Returns whether this step has one. Every rank must call.
-    """
-    is_stopped = stop.requested()
-    saves = is_due or is_last or is_stopped
-    if saves and step > start_step:
-        save(step)
-    if is_stopped and not is_last:
-        print0(f"stopped at step {step}; the same command goes on from the last checkpoint")
-        sys.exit(stop.exit_code)
-    return saves and step > 0

@@ -90,7 +90,7 @@ describe_stage() { # READS COMMAND [ARGUMENT ...]
     shift
     for word in "$@"; do
         case "$word" in
-        --run=* | --resume=* | --device_batch_size=* | --save_* | --eval_* | --sample_* | --core_metric_*) ;;
+        --run=* | --resume=* | --device_batch_size=* | --save_* | --log_* | --eval_* | --sample_* | --core_metric_*) ;;
         *) printf '%s ' "$word" ;;
         esac
     done

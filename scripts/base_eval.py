@@ -23,7 +23,7 @@ from nanochat.common import (
     autocast,
     compute_init,
     get_base_dir,
-    get_dist_info,
+    is_writer,
     print0,
     user_errors,
 )
@@ -116,7 +116,7 @@ def main(config: Config) -> dict[str, Any]:
 
     # Finish
     path = get_base_dir() / "base_eval" / f"{file_name}.csv"
-    if get_dist_info()[1] == 0:
+    if is_writer():
         write_csv(path, core)
     print_table(core)
     print0(f"written to {path}")

@@ -35,6 +35,7 @@ from nanochat.dataloader import (
     tokenizing_distributed_data_loader,
 )
 from nanochat.gpt import GPT, config_from_depth
+from nanochat.guard import Saver, StallWatch
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.plan import describe_run, fit_batch_size
 from nanochat.report import get_report
@@ -51,7 +52,6 @@ from nanochat.train import (
     lr_multiplier,
     muon_momentum,
     sample_completions,
-    save_or_stop,
     step_optimizers,
 )
 
@@ -94,6 +94,9 @@ class Config:
     model_tag: str = opt("", "name of the checkpoint folder; empty is d<depth>")
     save_every: int = opt(-1, "steps between checkpoints; -1 saves at the end only")
     save_keep: int = opt(2, "how many checkpoints to keep; -1 is all")
+    log_every: int = opt(1, "steps between lines of the log; -1 is off")
+    log_norms_every: int = opt(100, "steps between norms of each group's gradient and update; -1 is off")
+    log_stall_seconds: float = opt(600.0, "without a step, after which every rank's stack is written; -1 is off")
     resume: str = opt("auto", "take up an unfinished run of these settings, or start anew", choices=("auto", "never"))
     # Plan
     plan: bool = opt(False, "print what the run takes in memory, time and money, and end")
@@ -165,7 +168,7 @@ def main(config: Config) -> dict[str, float]:
     optimizers = model.setup_optimizers(
         config.unembedding_lr, config.embedding_lr, config.matrix_lr, config.weight_decay
     )
-    meter = TrainMeter(flops_per_token, device)
+    meter = TrainMeter(flops_per_token, device, model_config.vocab_size)
     checkpoint_dir = checkpoint_root("base") / (config.model_tag or f"d{config.depth}")
     shards = shard_identities("train")
     start_step, meta = resume_training(checkpoint_dir, model, optimizers, meter, config, tokenizer)
@@ -182,7 +185,7 @@ def main(config: Config) -> dict[str, float]:
             B, T, split, tokenizer, config.data_lanes, device, cursors, config.tokenized_cache
         )
 
-    train_batches = loader("train", cursors)
+    train_batches = meter.watch_data(loader("train", cursors))
     if config.eval_every > 0:
         loader("val")  # a validation shard that does not serve should be missed now, not at the first evaluation
 
@@ -196,7 +199,7 @@ def main(config: Config) -> dict[str, float]:
     # -----------------------------------------------------------------------------------------------------------------
     # Loop
     wandb_run = init_wandb(config.run, "nanochat", asdict(config))
-    metrics = MetricsLog(checkpoint_dir, start_step, wandb_run)
+    metrics = MetricsLog(checkpoint_dir, start_step, wandb_run, config.log_every)
     portions = Portions(B)
     started = time.monotonic()
 
@@ -204,7 +207,8 @@ def main(config: Config) -> dict[str, float]:
         data = {"shards": shards, "cursors": gather_cursors(cursors)}
         save_training(checkpoint_dir, step, model, optimizers, meter, config, tokenizer, **data)
 
-    with StopSignal() as stop:
+    saver = Saver(checkpoint_dir, start_step, model, meter, config.save_keep, save)
+    with StopSignal() as stop, StallWatch(meter, config.log_stall_seconds):
         for step in range(start_step, num_iterations + 1):
             results: dict[str, float] = {}  # what is measured at this step
             is_last = step == num_iterations
@@ -213,21 +217,17 @@ def main(config: Config) -> dict[str, float]:
             measures_core = step > 0 and config.core_metric_every > 0
             measures_core = measures_core and (is_last or is_due(step, config.core_metric_every))
 
-            saves = save_or_stop(
-                step, start_step, measures_core or is_due(step, config.save_every), is_last, stop, save
-            )
+            saves = saver.save_or_stop(step, measures_core or is_due(step, config.save_every), is_last, stop)
 
             # Evaluate
             if measures_loss:
                 results["val_bpb"] = evaluate_bpb(train_model, loader("val"), eval_steps, token_bytes)
                 meter.note_val_bpb(results["val_bpb"])
-                print0(f"step {step}: val bits per byte {results['val_bpb']:.4f}")
                 metrics.log(step, val_bpb=results["val_bpb"])
             if measures_core:
                 with autocast(device):
                     core = evaluate_model(model, tokenizer, device, config.core_metric_max_per_task)
                 results["core_metric"] = core["core_metric"]
-                print0(f"step {step}: CORE {core['core_metric']:.4f}")
                 metrics.log(step, core_metric=core["core_metric"])
             if config.sample_every > 0 and step > 0 and (is_last or is_due(step, config.sample_every)):
                 for sample in sample_completions(model, tokenizer):
@@ -243,12 +243,11 @@ def main(config: Config) -> dict[str, float]:
             multiplier = lr_multiplier(
                 step / num_iterations, config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac
             )
-            grad_norm = step_optimizers(optimizers, multiplier, muon_momentum(step), config.grad_clip)
+            norms = {} if is_due(step + 1, config.log_norms_every) else None
+            grad_norm = step_optimizers(optimizers, multiplier, muon_momentum(step), config.grad_clip, norms)
             meter.end_step(loss, config.total_batch_size)
-
-            # Log
-            print0(meter.line(step + 1, num_iterations, grad_norm=grad_norm, lr=multiplier))
-            metrics.log_step(step + 1, meter, loss, multiplier, grad_norm=grad_norm)
+            saver.check(step, loss, grad_norm)
+            metrics.log_step(step + 1, num_iterations, meter, loss, multiplier, norms, grad_norm=grad_norm)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Finish

@@ -32,6 +32,7 @@ from nanochat.common import (
 from nanochat.configurator import opt, parse
 from nanochat.dataloader import Row, count_targets, padded_batches
 from nanochat.engine import Engine, Request
+from nanochat.guard import Saver, StallWatch
 from nanochat.report import get_report
 from nanochat.task_eval import evaluate_task, reply_text
 from nanochat.train import (
@@ -43,7 +44,6 @@ from nanochat.train import (
     count_epoch_iterations,
     is_due,
     lr_multiplier,
-    save_or_stop,
     step_optimizers,
 )
 from tasks.mixtures import find_recipe, rl_task
@@ -83,6 +83,9 @@ class Config:
     output_tag: str = opt("", "name of the checkpoint folder; empty is the model's")
     save_every: int = opt(60, "steps between checkpoints; -1 saves at the end only")
     save_keep: int = opt(2, "how many checkpoints to keep; -1 is all")
+    log_every: int = opt(1, "steps between lines of the log; -1 is off")
+    log_norms_every: int = opt(100, "steps between norms of each group's gradient and update; -1 is off")
+    log_stall_seconds: float = opt(600.0, "without a step, after which every rank's stack is written; -1 is off")
     resume: str = opt("auto", "take up an unfinished run of these settings, or start anew", choices=("auto", "never"))
 
 
@@ -146,7 +149,7 @@ def main(config: Config) -> dict[str, float]:
     optimizers = model.setup_optimizers(
         config.unembedding_lr, config.embedding_lr, config.matrix_lr, config.weight_decay
     )
-    meter = TrainMeter(model.estimate_flops(), device)
+    meter = TrainMeter(model.estimate_flops(), device)  # sets no bound: what shows a collapse is the reward
     checkpoint_dir = checkpoint_root("rl") / (config.output_tag or source_meta["model_tag"])
     origin = source_meta["origin"]
     start_step, _ = resume_training(checkpoint_dir, model, optimizers, meter, config, tokenizer, origin)
@@ -166,19 +169,20 @@ def main(config: Config) -> dict[str, float]:
     # -----------------------------------------------------------------------------------------------------------------
     # Loop
     wandb_run = init_wandb(config.run, "nanochat-rl", asdict(config))
-    metrics = MetricsLog(checkpoint_dir, start_step, wandb_run)
+    metrics = MetricsLog(checkpoint_dir, start_step, wandb_run, config.log_every)
     portions = Portions(config.device_batch_size)
     pad_token = tokenizer.encode_special("<|assistant_end|>")
 
     def save(step: int) -> None:
         save_training(checkpoint_dir, step, model, optimizers, meter, config, tokenizer, origin=origin)
 
-    with StopSignal() as stop:
+    saver = Saver(checkpoint_dir, start_step, model, meter, config.save_keep, save)
+    with StopSignal() as stop, StallWatch(meter, config.log_stall_seconds):
         for step in range(start_step, num_iterations + 1):
             results: dict[str, float] = {}  # what is measured at this step
             is_last = step == num_iterations
 
-            saves = save_or_stop(step, start_step, is_due(step, config.save_every), is_last, stop, save)
+            saves = saver.save_or_stop(step, is_due(step, config.save_every), is_last, stop)
 
             # Evaluate
             if config.eval_every > 0 and (is_last or is_due(step, config.eval_every)):
@@ -195,7 +199,6 @@ def main(config: Config) -> dict[str, float]:
                         top_k=config.top_k,
                     )
                 results = {f"pass@{k}": value for k, value in result.pass_at.items()}
-                print0(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in results.items()))
                 metrics.log(step, **results)
             if saves:
                 update_meta(checkpoint_dir, step, **results, meter=meter.state_dict())
@@ -214,19 +217,18 @@ def main(config: Config) -> dict[str, float]:
 
             # One update. Where all samples of each question are equally good there is nothing to learn from, and
             # momentum alone should not move the weights
-            loss = 0.0
+            loss = grad_norm = 0.0
+            norms = {} if is_due(step + 1, config.log_norms_every) else None
             multiplier = config.init_lr_frac * lr_multiplier(step / num_iterations, warmdown_ratio=1.0)
             if all_reduce_sum(len(rollouts.rows)) > 0:
                 micro_batches = padded_batches(rollouts.rows, config.device_batch_size, pad_token, device)
                 loss = accumulate_gradients(model, micro_batches, num_targets, device, portions)
-                step_optimizers(optimizers, multiplier, momentum=0.95)
+                grad_norm = step_optimizers(optimizers, multiplier, momentum=0.95, group_norms=norms)
             meter.end_step(loss, num_targets)
-
-            # Log
-            mean_tokens = num_targets / num_rewards
-            print0(meter.line(step + 1, num_iterations, reward=reward, tokens=mean_tokens, lr=multiplier))
-            extra = {"reward": reward, "sample_tokens": mean_tokens, "rollout_seconds": rollout_seconds}
-            metrics.log_step(step + 1, meter, loss, multiplier, **extra)
+            saver.check(step, loss, grad_norm)
+            extra = {"grad_norm": grad_norm, "reward": reward, "sample_tokens": num_targets / num_rewards}
+            extra["rollout_seconds"] = rollout_seconds
+            metrics.log_step(step + 1, num_iterations, meter, loss, multiplier, norms, **extra)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Finish

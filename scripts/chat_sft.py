@@ -16,6 +16,7 @@ from nanochat.checkpoint_manager import checkpoint_root, load_model, resume_trai
 from nanochat.common import UserError, autocast, compute_init, init_wandb, print0, print_banner, user_errors
 from nanochat.configurator import opt, parse
 from nanochat.dataloader import Row, count_targets, deal_rows, padded_batches, prefetch, render_example
+from nanochat.guard import Saver, StallWatch
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.plan import fit_batch_size
 from nanochat.report import get_report
@@ -30,7 +31,6 @@ from nanochat.train import (
     count_epoch_iterations,
     is_due,
     lr_multiplier,
-    save_or_stop,
     step_optimizers,
 )
 from tasks.mixtures import SFT_METRICS, find_recipe, make_eval_task, sft_mixture, sft_val_mixture
@@ -66,6 +66,9 @@ class Config:
     output_tag: str = opt("", "name of the checkpoint folder; empty is the model's")
     save_every: int = opt(-1, "steps between checkpoints; -1 saves at the end only")
     save_keep: int = opt(2, "how many checkpoints to keep; -1 is all")
+    log_every: int = opt(1, "steps between lines of the log; -1 is off")
+    log_norms_every: int = opt(100, "steps between norms of each group's gradient and update; -1 is off")
+    log_stall_seconds: float = opt(600.0, "without a step, after which every rank's stack is written; -1 is off")
     resume: str = opt("auto", "take up an unfinished run of these settings, or start anew", choices=("auto", "never"))
 
 
@@ -98,7 +101,7 @@ def main(config: Config) -> dict[str, float]:
     optimizers = model.setup_optimizers(
         config.unembedding_lr, config.embedding_lr, config.matrix_lr, config.weight_decay
     )
-    meter = TrainMeter(model.estimate_flops(), device)
+    meter = TrainMeter(model.estimate_flops(), device, model.config.vocab_size)
     checkpoint_dir = checkpoint_root("sft") / (config.output_tag or source_meta["model_tag"])
     recipe = find_recipe()
     train_task = sft_mixture(recipe, config.data)
@@ -123,7 +126,7 @@ def main(config: Config) -> dict[str, float]:
             indices = range(step * examples_per_step, (step + 1) * examples_per_step)
             yield render_rows(train_task, tokenizer, indices, max_seq_len)
 
-    train_rows = prefetch(steps(), 2)
+    train_rows = meter.watch_data(prefetch(steps(), 2))
     val_rows: list[Row] = []
     if config.eval_every > 0:
         val_task = sft_val_mixture(recipe)
@@ -133,7 +136,7 @@ def main(config: Config) -> dict[str, float]:
     # -----------------------------------------------------------------------------------------------------------------
     # Loop
     wandb_run = init_wandb(config.run, "nanochat-sft", asdict(config))
-    metrics = MetricsLog(checkpoint_dir, start_step, wandb_run)
+    metrics = MetricsLog(checkpoint_dir, start_step, wandb_run, config.log_every)
     portions = Portions(B)
     pad_token = tokenizer.encode_special("<|assistant_end|>")
     num_tokens = num_targets_in_all = 0  # of this process
@@ -141,26 +144,25 @@ def main(config: Config) -> dict[str, float]:
     def save(step: int) -> None:
         save_training(checkpoint_dir, step, model, optimizers, meter, config, tokenizer, origin=origin)
 
-    with StopSignal() as stop:
+    saver = Saver(checkpoint_dir, start_step, model, meter, config.save_keep, save)
+    with StopSignal() as stop, StallWatch(meter, config.log_stall_seconds):
         for step in range(start_step, num_iterations + 1):
             results: dict[str, float] = {}  # what is measured at this step
             is_last = step == num_iterations
 
-            saves = save_or_stop(step, start_step, is_due(step, config.save_every), is_last, stop, save)
+            saves = saver.save_or_stop(step, is_due(step, config.save_every), is_last, stop)
 
             # Evaluate
             if config.eval_every > 0 and (is_last or is_due(step, config.eval_every)):
                 val_batches = padded_batches(val_rows, B, pad_token, device)
                 results["val_bpb"] = evaluate_bpb(model, val_batches, None, token_bytes)
                 meter.note_val_bpb(results["val_bpb"])
-                print0(f"step {step}: val bits per byte {results['val_bpb']:.4f}")
             if metric_tasks and step > 0 and (is_last or is_due(step, config.eval_metrics_every)):
                 for name in metric_tasks:
                     task = make_eval_task(name, recipe)
                     with autocast(device):
                         result = evaluate_task(task, model, tokenizer, config.eval_metrics_max_problems, batch_size=B)
                     results[name] = result.accuracy
-                    print0(f"step {step}: {name} {result.accuracy:.4f}")
             if results:
                 metrics.log(step, **results)
             if saves:
@@ -176,14 +178,13 @@ def main(config: Config) -> dict[str, float]:
             micro_batches = ((inputs, targets) for inputs, targets, _ in batches)
             loss = accumulate_gradients(model, micro_batches, num_targets, device, portions)
             multiplier = config.init_lr_frac * lr_multiplier(step / num_iterations, warmdown_ratio=1.0)
-            step_optimizers(optimizers, multiplier, momentum=0.95)
+            norms = {} if is_due(step + 1, config.log_norms_every) else None
+            grad_norm = step_optimizers(optimizers, multiplier, momentum=0.95, group_norms=norms)
             step_tokens = sum(len(row.tokens) - 1 for row in rows)
             meter.end_step(loss, step_tokens)
+            saver.check(step, loss, grad_norm)
+            metrics.log_step(step + 1, num_iterations, meter, loss, multiplier, norms, grad_norm=grad_norm)
             num_tokens, num_targets_in_all = num_tokens + step_tokens, num_targets_in_all + num_targets
-
-            # Log
-            print0(meter.line(step + 1, num_iterations, lr=multiplier))
-            metrics.log_step(step + 1, meter, loss, multiplier)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Finish

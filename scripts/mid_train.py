@@ -14,6 +14,7 @@ from nanochat.checkpoint_manager import checkpoint_root, load_model, resume_trai
 from nanochat.common import compile_model, compute_init, init_wandb, print0, print_banner, user_errors
 from nanochat.configurator import opt, parse
 from nanochat.dataloader import DATA_LANES, conversation_data_loader, count_conversations, gather_cursors
+from nanochat.guard import Saver, StallWatch
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.plan import fit_batch_size
 from nanochat.report import get_report
@@ -29,7 +30,6 @@ from nanochat.train import (
     is_due,
     lr_multiplier,
     muon_momentum,
-    save_or_stop,
     step_optimizers,
 )
 from tasks.mixtures import find_recipe, mid_train_mixture, mid_val_mixture
@@ -64,6 +64,9 @@ class Config:
     output_tag: str = opt("", "name of the checkpoint folder; empty is the base model's")
     save_every: int = opt(-1, "steps between checkpoints; -1 saves at the end only")
     save_keep: int = opt(2, "how many checkpoints to keep; -1 is all")
+    log_every: int = opt(1, "steps between lines of the log; -1 is off")
+    log_norms_every: int = opt(100, "steps between norms of each group's gradient and update; -1 is off")
+    log_stall_seconds: float = opt(600.0, "without a step, after which every rank's stack is written; -1 is off")
     resume: str = opt("auto", "take up an unfinished run of these settings, or start anew", choices=("auto", "never"))
 
 
@@ -88,7 +91,7 @@ def main(config: Config) -> dict[str, float]:
     optimizers = model.setup_optimizers(
         config.unembedding_lr, config.embedding_lr, config.matrix_lr, config.weight_decay
     )
-    meter = TrainMeter(model.estimate_flops(), device)
+    meter = TrainMeter(model.estimate_flops(), device, model.config.vocab_size)
     checkpoint_dir = checkpoint_root("mid") / (config.output_tag or base_meta["model_tag"])
     recipe = find_recipe()
     train_task = mid_train_mixture(recipe, config.data)
@@ -101,7 +104,7 @@ def main(config: Config) -> dict[str, float]:
     # -----------------------------------------------------------------------------------------------------------------
     # Data
     print0(f"{num_conversations:,} conversations of the {recipe} mixture")
-    train_batches = conversation_data_loader(B, T, train_task, tokenizer, lanes, device, cursors)
+    train_batches = meter.watch_data(conversation_data_loader(B, T, train_task, tokenizer, lanes, device, cursors))
     val_task = mid_val_mixture(recipe) if config.eval_every > 0 else None
 
     def micro_batches():
@@ -121,28 +124,28 @@ def main(config: Config) -> dict[str, float]:
     # -----------------------------------------------------------------------------------------------------------------
     # Loop
     wandb_run = init_wandb(config.run, "nanochat-mid", asdict(config))
-    metrics = MetricsLog(checkpoint_dir, start_step, wandb_run)
+    metrics = MetricsLog(checkpoint_dir, start_step, wandb_run, config.log_every)
     portions = Portions(B)
 
     def save(step: int) -> None:
         data = {"cursors": gather_cursors(cursors), "origin": origin}
         save_training(checkpoint_dir, step, model, optimizers, meter, config, tokenizer, **data)
 
-    with StopSignal() as stop:
+    saver = Saver(checkpoint_dir, start_step, model, meter, config.save_keep, save)
+    with StopSignal() as stop, StallWatch(meter, config.log_stall_seconds):
         step = start_step
         while True:
             results: dict[str, float] = {}  # what is measured at this step
             progress = measure_progress(step)
             is_last = progress >= 1.0
 
-            saves = save_or_stop(step, start_step, is_due(step, config.save_every), is_last, stop, save)
+            saves = saver.save_or_stop(step, is_due(step, config.save_every), is_last, stop)
 
             # Evaluate
             if config.eval_every > 0 and (is_last or is_due(step, config.eval_every)):
                 val_batches = conversation_data_loader(B, T, val_task, tokenizer, lanes, device)
                 results["val_bpb"] = evaluate_bpb(train_model, val_batches, eval_steps, token_bytes)
                 meter.note_val_bpb(results["val_bpb"])
-                print0(f"step {step}: val bits per byte {results['val_bpb']:.4f}")
                 metrics.log(step, val_bpb=results["val_bpb"])
             if saves:
                 update_meta(checkpoint_dir, step, **results, meter=meter.state_dict())
@@ -153,15 +156,15 @@ def main(config: Config) -> dict[str, float]:
             meter.start_step()
             loss = accumulate_gradients(train_model, micro_batches(), config.total_batch_size, device, portions)
             multiplier = config.init_lr_frac * lr_multiplier(progress, warmdown_ratio=config.warmdown_ratio)
-            step_optimizers(optimizers, multiplier, muon_momentum(step))
+            norms = {} if is_due(step + 1, config.log_norms_every) else None
+            grad_norm = step_optimizers(optimizers, multiplier, muon_momentum(step), 0.0, norms)
             meter.end_step(loss, config.total_batch_size)
+            saver.check(step, loss, grad_norm)
             step += 1
-
-            # Log
             progress_now = measure_progress(step)
             num_steps = max(step, round(step / progress_now)) if progress_now else step
-            print0(meter.line(step, num_steps, lr=multiplier))
-            metrics.log_step(step, meter, loss, multiplier, progress=progress)
+            extra = {"grad_norm": grad_norm, "progress": progress}
+            metrics.log_step(step, num_steps, meter, loss, multiplier, norms, **extra)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Finish

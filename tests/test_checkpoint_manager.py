@@ -27,6 +27,7 @@ from nanochat.checkpoint_manager import (
     load_weights,
     prune_checkpoints,
     read_meta,
+    remove_checkpoint,
     resume_training,
     save_checkpoint,
     save_training,
@@ -144,6 +145,23 @@ def test_pruning_keeps_the_newest(tmp_path, keep, left):
     assert (tmp_path / "model_000001_backup.pt").exists()
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_pruning_does_not_count_what_is_damaged(tmp_path, keep):
+    """However many newer ones are cut short, the good ones are the last to go."""
+    save_tiny(tmp_path, 1, 2, 3, 4)
+    for name in ("model_000003.pt", "optim_000004.pt"):
+        (tmp_path / name).write_bytes(b"PK")
+    prune_checkpoints(tmp_path, keep)
+    assert complete_steps(tmp_path) == [1, 2][-keep:]
+
+
+def test_a_removed_checkpoint_leaves_the_others_alone(tmp_path):
+    save_tiny(tmp_path, 1, 2, 3)
+    remove_checkpoint(tmp_path, 2)
+    remove_checkpoint(tmp_path, 2)
+    assert complete_steps(tmp_path) == [1, 3] and len(os.listdir(tmp_path)) == 6
+
+
 def test_other_ranks_write_and_remove_nothing(tmp_path, monkeypatch):
     save_tiny(tmp_path, 1, 2)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -152,6 +170,7 @@ def test_other_ranks_write_and_remove_nothing(tmp_path, monkeypatch):
     save_tiny(tmp_path, 3)
     update_meta(tmp_path, 2, val_bpb=0.5)
     prune_checkpoints(tmp_path, 1)
+    remove_checkpoint(tmp_path, 2)
     clear_checkpoints(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
@@ -376,6 +395,7 @@ class Config:
     sample_every: int = 100
     save_every: int = 50
     save_keep: int = 2
+    log_every: int = 1
     core_metric_every: int = -1
     tokenized_cache: bool = True
     resume: str = "auto"
@@ -414,6 +434,7 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(tmp_path):
         {"sample_every": 7},
         {"save_every": 10},
         {"save_keep": -1},
+        {"log_every": 20},
         {"core_metric_every": 5},
         {"tokenized_cache": False},
     ],
@@ -496,11 +517,49 @@ def test_a_run_that_was_saved_goes_on_in_the_same_bits(tmp_path):
     assert resumed.meter.timed_steps == 0  # 6 steps in all, none of which is timed in its process
 
 
-def test_a_checkpoint_of_a_run_says_what_it_is_and_only_so_many_are_kept(tmp_path):
+def spoil(path: Path) -> None:
+    """Zeros where the content was, as a file system may leave them when the power fails."""
+    path.write_bytes(b"\x00" * path.stat().st_size)
+
+
+@pytest.mark.parametrize("name", ["model_000006.pt", "optim_000006.pt"])
+def test_a_newest_checkpoint_that_cannot_be_read_falls_back_to_the_one_before(tmp_path, capsys, name):
     run = Run()
-    for step in (1, 2, 3):
-        run.save(tmp_path, step, save_keep=2, matrix_lr=0.5)
-    assert complete_steps(tmp_path) == [2, 3]
+    for step in (2, 4, 6):
+        run.save(tmp_path, step)
+    spoil(tmp_path / name)
+    assert Run(seed=8).resume(tmp_path)[0] == 4
+    assert f"warning: checkpoint 6 is removed, as it cannot be used: {tmp_path / name}" in capsys.readouterr().out
+    run.save(tmp_path, 5)
+    prune_checkpoints(tmp_path, 1)  # what could not be read must not count as the newest
+    assert complete_steps(tmp_path) == [5]
+
+
+def test_where_no_checkpoint_can_be_read_none_is_removed(tmp_path):
+    Run().save(tmp_path, 4)
+    spoil(tmp_path / "optim_000004.pt")
+    with pytest.raises(UserError, match="optim_000004.pt cannot be read"):
+        Run().resume(tmp_path)
+    assert complete_steps(tmp_path) == [4]
+
+
+def test_a_run_that_failed_after_a_checkpoint_says_so_when_it_goes_on_from_it(tmp_path, capsys):
+    Run().save(tmp_path, 4)
+    Run().resume(tmp_path)
+    assert "failed before" not in capsys.readouterr().out
+    update_meta(tmp_path, 4, failed_afterwards="step 6: the loss is nan")
+    Run().resume(tmp_path)
+    assert "the run has failed before, at step 6: the loss is nan" in capsys.readouterr().out
+
+
+def test_keeping_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--save_keep=0.*1 or more"):
+        Run().resume(tmp_path, save_keep=0)
+
+
+def test_a_checkpoint_of_a_run_says_what_it_is(tmp_path):
+    run = Run()
+    run.save(tmp_path, 3, matrix_lr=0.5)
     meta = read_meta(tmp_path, 3)
     assert meta["model_config"] == asdict(run.model.config) and meta["user_config"]["matrix_lr"] == 0.5
     assert meta["tokenizer_hash"] == ByteTokenizer().hash and meta["world_size"] == 1

@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build, random_tokens, randomized_model, tiny_config
+from test_distributed import run_ranks
 
 from nanochat import train
-from nanochat.common import UserError
+from nanochat.common import Runtime, UserError
 from nanochat.dataloader import Row, count_targets, padded_batches
 from nanochat.gpt import GPT
 from nanochat.train import (
@@ -30,7 +31,6 @@ from nanochat.train import (
     is_due,
     lr_multiplier,
     muon_momentum,
-    save_or_stop,
     step_optimizers,
 )
 
@@ -295,6 +295,63 @@ def test_the_multiplier_and_the_momentum_reach_the_groups_and_gradients_are_clea
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))  # a rate of 0 moves nothing
 
 
+def test_a_gradient_that_is_not_finite_updates_nothing():
+    model, optimizers = prepared()
+    before = [p.detach().clone() for p in model.parameters()]
+    model.transformer.h[0].attn.c_q.weight.grad[0, 0] = float("inf")
+    assert not math.isfinite(step_optimizers(optimizers, 1.0, 0.95, grad_clip=1.0))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+GROUPS = {
+    "lm_head": ["lm_head.weight"],
+    "wte": ["transformer.wte.weight"],
+    "32x32": [f"transformer.h.{i}.attn.{name}.weight" for i in range(2) for name in ("c_q", "c_proj")],
+    "16x32": [f"transformer.h.{i}.attn.{name}.weight" for i in range(2) for name in ("c_k", "c_v")],
+    "128x32": [f"transformer.h.{i}.mlp.c_fc.weight" for i in range(2)],
+    "32x128": [f"transformer.h.{i}.mlp.c_proj.weight" for i in range(2)],
+}
+
+
+def measured_step(runtime: Runtime) -> dict[str, float]:
+    """The norms of one clipped step of the random model on twelve rows."""
+    model = randomized_model()
+    ids = random_tokens(model.config, 12, 9)[runtime.rank :: runtime.world_size]
+    accumulate_gradients(model, [(ids[:, :-1], ids[:, 1:])], 12 * 8, CPU)
+    norms: dict[str, float] = {}
+    step_optimizers(model.setup_optimizers(), 0.5, 0.95, 0.1, norms)
+    return norms
+
+
+def test_the_norms_of_groups_are_those_of_their_gradients_and_updates():
+    model, optimizers = prepared()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    norms: dict[str, float] = {}
+    norm = step_optimizers(optimizers, 0.5, 0.95, 0.1, norms)
+    updates = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    for kind, tensors in (("grad_norm", grads), ("update_norm", updates)):
+        for group, names in GROUPS.items():
+            expected = torch.cat([tensors[name].flatten() for name in names]).norm().item()
+            assert norms[f"{kind}/{group}"] == pytest.approx(expected, rel=1e-5) and expected > 0
+    assert len(norms) == 2 * len(GROUPS)
+    assert sum(norms[f"grad_norm/{group}"] ** 2 for group in GROUPS) == pytest.approx(norm**2, rel=1e-5)
+
+
+def test_measuring_norms_changes_no_bit():
+    (model, optimizers), (reference, reference_optimizers) = prepared(), prepared()
+    step_optimizers(optimizers, 0.5, 0.95, 0.1, {})
+    step_optimizers(reference_optimizers, 0.5, 0.95, 0.1)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), reference.parameters(), strict=True))
+
+
+def test_the_norms_of_groups_are_the_same_on_any_number_of_ranks():
+    """On three ranks everything is padded."""
+    alone = measured_step(Runtime(False, 0, 0, 1, CPU))
+    for norms in run_ranks(3, measured_step):
+        assert norms == pytest.approx(alone, rel=1e-3)
+
+
 def test_training_learns_a_sequence_by_heart():
     torch.manual_seed(0)
     model = build(tiny_config())
@@ -380,7 +437,56 @@ def test_mfu_is_not_printed_where_the_peak_is_unknown(clock):
     meter = TrainMeter(1e9, CPU)
     run_steps(meter, clock, [2.0] * 12, 0.5)
     assert meter.mfu() is None and meter.mfu(average=True) is None
-    assert meter.line(12, 100, lr=0.5) == "step  12/100 | loss 2.0000 | lr 0.5 | 500 ms | 200 tok/s | 44s left"
+    line = re.sub(r"memory \d+\.\d GB", "memory M", meter.line(12, 100, lr=0.5))
+    expected = "step  12/100 | loss 2.0000 | lr 0.5 | 500 ms | 200 tok/s | data wait 0 ms | memory M | 44s left"
+    assert line == expected
+    meter.note_val_bpb(1.25)
+    assert "| loss 2.0000 | val bpb 1.2500 |" in meter.line(12, 100)
+
+
+def test_the_wait_for_data_is_the_time_in_the_loader_of_one_step(clock):
+    meter = TrainMeter(1e9, CPU)
+
+    def load(seconds: float):
+        clock[0] += seconds
+        return seconds
+
+    batches = meter.watch_data(load(seconds) for seconds in (0.25, 0.5, 1.0))
+    for count, expected in ((2, 0.75), (1, 1.0)):
+        meter.start_step()
+        for _ in range(count):
+            next(batches)
+            clock[0] += 10.0  # the work with a batch
+        meter.end_step(2.0, 100)
+        assert meter.data_seconds == expected
+    assert "data wait 1000 ms" in meter.line(2, 2)
+    assert list(batches) == []
+
+
+def test_a_loader_that_is_watched_raises_as_it_is():
+    def broken():
+        yield 1
+        raise OSError("gone")
+
+    batches = TrainMeter(1e9, CPU).watch_data(broken())
+    assert next(batches) == 1
+    with pytest.raises(OSError, match="gone"):
+        next(batches)
+
+
+def test_a_loss_has_exploded_when_half_of_what_was_learned_is_lost(clock):
+    """And never by less than two nats, nor in the first ten steps, nor where it is no -log p."""
+    meter, nats = TrainMeter(1.0, CPU, vocab_size=65_536), math.log(65_536)
+    assert meter.loss_limit == nats + 2
+    run_steps(meter, clock, [0.01] * 9, 1.0)
+    assert meter.min_loss is None and meter.loss_limit == nats + 2
+    run_steps(meter, clock, [3.0] * 200, 1.0)
+    smallest = meter.min_loss
+    assert smallest == pytest.approx((0.01 * (1 - 0.9**9) * 0.9 + 0.3) / (1 - 0.9**10))
+    assert meter.loss_limit == pytest.approx((smallest + nats) / 2)
+    meter.min_loss = nats - 1
+    assert meter.loss_limit == pytest.approx(nats + 1)
+    assert TrainMeter(1.0, CPU).loss_limit == math.inf
 
 
 def test_a_meter_goes_on_from_its_state_by_way_of_json(clock):
@@ -464,10 +570,10 @@ def test_every_step_is_in_the_file_and_wandb_gets_the_average_now_and_then(tmp_p
     num_steps = 2 * WANDB_EVERY + 1
     for step in range(1, num_steps + 1):
         run_steps(meter, clock, [float(step)], 0.5)
-        log.log_step(step, meter, float(step), multiplier=0.25, reward=0.125)
+        log.log_step(step, num_steps, meter, float(step), multiplier=0.25, reward=0.125)
     lines = [json.loads(line) for line in log.path.read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines] == [line["loss"] for line in lines] == list(range(1, num_steps + 1))
-    same = {"lr_multiplier": 0.25, "tokens_per_second": 200.0, "reward": 0.125}
+    same = {"lr_multiplier": 0.25, "tokens_per_second": 200.0, "data_wait_seconds": 0.0, "reward": 0.125}
     assert all(line == {"step": line["step"], "loss": line["loss"], **same} for line in lines)
     assert [point["step"] for point in run.points] == [WANDB_EVERY, 2 * WANDB_EVERY]
     average = 0.0
@@ -478,8 +584,29 @@ def test_every_step_is_in_the_file_and_wandb_gets_the_average_now_and_then(tmp_p
         "train/loss": pytest.approx(average / (1 - 0.9**WANDB_EVERY)),
         "train/lrm": 0.25,
         "train/tok_per_s": 200.0,
+        "data_wait_seconds": 0.0,
         "reward": 0.125,
     }
+
+
+@pytest.mark.parametrize(("log_every", "printed"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (-1, [])])
+def test_lines_are_printed_every_so_many_steps_and_at_the_end(tmp_path, clock, capsys, log_every, printed):
+    meter = TrainMeter(1.0, CPU)
+    log = MetricsLog(tmp_path, log_every=log_every)
+    for step in range(1, 6):
+        run_steps(meter, clock, [2.0], 0.5)
+        norms = {"grad_norm/wte": 3.5} if step == 2 else None
+        log.log_step(step, 5, meter, 2.0, 0.25, norms, reward=0.125)
+    output = capsys.readouterr().out
+    assert [int(number) for number in re.findall(r"step (\d)/5", output)] == printed
+    assert output.count(" | reward 0.125 | ") == len(printed) and "wte" not in output
+    lines = [json.loads(line) for line in log.path.read_text(encoding="utf-8").splitlines()]
+    assert [line.get("grad_norm/wte") for line in lines] == [None, 3.5, None, None, None]
+
+
+def test_what_an_evaluation_found_is_printed_under_its_name(tmp_path, capsys):
+    MetricsLog(tmp_path).log(40, val_bpb=1.25, core_metric=0.2)
+    assert capsys.readouterr().out == "step 40: val_bpb 1.2500, core_metric 0.2000\n"
 
 
 def test_evaluations_go_to_wandb_at_once_under_its_names(tmp_path):
@@ -510,40 +637,6 @@ def test_a_second_interrupt_after_a_while_ends_at_once(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-
-
-@pytest.mark.parametrize(
-    ("step", "is_due", "is_last", "saves", "has_checkpoint"),
-    [
-        (5, False, False, False, False),
-        (5, True, False, True, True),
-        (5, False, True, True, True),
-        (2, True, False, False, True),  # the step from which the run goes on
-        (2, False, True, False, True),  # a finished run
-    ],
-)
-def test_a_checkpoint_is_saved_where_it_is_due_and_at_the_end(step, is_due, is_last, saves, has_checkpoint):
-    saved: list[int] = []
-    assert save_or_stop(step, 2, is_due, is_last, StopSignal(), saved.append) is has_checkpoint
-    assert saved == [step] * saves
-
-
-def test_before_the_first_step_there_is_nothing_to_save():
-    saved: list[int] = []
-    assert not save_or_stop(0, 0, True, False, StopSignal(), saved.append)
-    assert saved == []
-
-
-@pytest.mark.parametrize(("step", "saved"), [(5, [5]), (2, [])])
-def test_a_run_that_is_told_to_stop_saves_and_leaves_unless_it_is_at_its_end(capsys, step, saved):
-    stop, calls = StopSignal(), []
-    stop.received = signal.SIGTERM
-    with pytest.raises(SystemExit) as exit_info:
-        save_or_stop(step, 2, False, False, stop, calls.append)
-    assert exit_info.value.code == 143 and calls == saved
-    assert f"stopped at step {step};" in capsys.readouterr().out
-    assert save_or_stop(9, 2, False, True, stop, calls.append)
-    assert calls == [*saved, 9]
 
 
 def test_epochs_are_gone_through_in_whole_steps():
