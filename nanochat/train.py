@@ -292,7 +292,7 @@ class TrainMeter:
 class MetricsLog:
     """What is measured on the way: metrics.jsonl beside a checkpoint, and a wandb run.
 
-    In the file each line is a JSON object with "step" and whatever was measured at it. is_writer writes it, rank 0 tells
+    In the file each line is a JSON object with "step" and whatever was measured at it. is_writer writes, rank 0 tells
     wandb. Lines after the step at which a run starts or resumes are dropped; what is measured again at that very step
     is there twice, and the later line counts.
     """
