@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # One stage, or the whole speedrun, on several hosts: the same command on each of them.
 #
-#   NUM_HOSTS=2 FIRST_HOST=10.0.0.1 bash runs/multinode.sh -m scripts.base_train -- --depth=26 --data_lanes=16
-#   NUM_HOSTS=2 FIRST_HOST=10.0.0.1 bash runs/multinode.sh speedrun.sh
+#   export NUM_HOSTS=2 FIRST_HOST=10.0.0.1
+#   bash runs/multinode.sh -m scripts.base_train -- --depth=26 --device_batch_size=16 --data_lanes=16
+#   bash runs/multinode.sh speedrun.sh
 #
 #   NUM_HOSTS      how many there are
 #   FIRST_HOST     name or address of one of them under which the others reach it: they meet there, and rank 0 is there

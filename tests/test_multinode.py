@@ -1,4 +1,4 @@
-"""Several hosts: who writes where, what happens without a shared disk, runs/multinode.sh, runs/slurm.sbatch.
+"""Several hosts: who writes where, what happens without a shared disk, what is sent, and the launchers in runs/.
 
 The hosts of the longest test are network namespaces that are joined by a virtual cable, so nothing but what crosses it
 connects them. Making them takes root; elsewhere that test is skipped. The ranks of the others are on one host and are
@@ -21,15 +21,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ByteTokenizer, randomized_model, write_shards
+from conftest import ByteTokenizer, random_tokens, randomized_model, write_shards
 from test_distributed import run_ranks
 
+from dev.bench_scaling import counted_collectives, exchanged_bytes, sent_bytes
 from nanochat import common
 from nanochat.checkpoint_manager import complete_steps, find_common_step, load_model, save_checkpoint
 from nanochat.common import Runtime, UserError
 from nanochat.dataloader import tokenizing_distributed_data_loader
 from nanochat.report import get_report
-from nanochat.train import MetricsLog
+from nanochat.train import MetricsLog, accumulate_gradients, step_optimizers
 from scripts import base_train, tok_train
 
 ROOT = Path(__file__).parent.parent
@@ -188,6 +189,33 @@ def meet_again(runtime: Runtime) -> float:
 
 def test_another_attempt_is_not_misled_by_what_the_first_left_in_the_store():
     assert run_ranks(2, meet_again) == [2.0, 2.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is sent
+
+
+def sent_in_a_step(runtime: Runtime) -> tuple[int, int]:
+    """Bytes that this rank sends in a training step of the random tiny model: (counted, of the formula)."""
+    model = randomized_model()
+    optimizers = model.setup_optimizers()
+    ids = random_tokens(model.config, 1, 9, seed=runtime.rank)
+    with counted_collectives() as counts:
+        accumulate_gradients(model, [(ids[:, :-1], ids[:, 1:])], 8 * runtime.world_size, runtime.device)
+        step_optimizers(optimizers, 1.0, 0.95, grad_clip=1.0)
+    assert counts["all_reduce"] == 2 * (runtime.world_size - 1) * 2 * 4 // runtime.world_size  # a loss and a norm
+    exchanged = sum(exchanged_bytes(model, optimizers, runtime.world_size).values())
+    return counts["reduce_scatter"] + counts["all_gather"], sent_bytes(exchanged, runtime.world_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "values"),
+    # wte and lm_head of 320 x 32; two layers of 2 x (32 x 32), 2 x (16 x 32), 128 x 32 and 32 x 128
+    [(2, 2 * 10_240 + 4 * 1024 + 4 * 512 + 4 * 4096), (3, 2 * 10_242 + 6 * 1024 + 6 * 512 + 6 * 4096)],
+)
+def test_a_step_sends_what_the_formula_says(world_size, values):
+    expected = 2 * 4 * values * (world_size - 1) // world_size
+    assert run_ranks(world_size, sent_in_a_step) == [(expected, expected)] * world_size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
