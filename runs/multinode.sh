@@ -29,6 +29,8 @@ fail() {
 
 [ "$#" -gt 0 ] || fail "what is to run? -m scripts.base_train -- --depth=26, say, or speedrun.sh; see the top of $0"
 [ -n "${NUM_HOSTS:-}" ] && [ -n "${FIRST_HOST:-}" ] || fail "set NUM_HOSTS and FIRST_HOST, the same on each host"
+# it would forget what is done after every restart, too
+[ "${FRESH:-0}" = 0 ] || fail "FRESH=1 is for one host; take another NANOCHAT_BASE_DIR to run everything anew"
 [ -n "${VIRTUAL_ENV:-}" ] || source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -64,19 +66,23 @@ read -r ADDRESS INTERFACE IS_FIRST <<<"$FOUND"
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$INTERFACE}
 # A meeting point of its own for each attempt: torchrun would go on using the first one's, of a host that may be gone
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# Seconds for the processes to save and leave when they are told to stop
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 # torchrun numbers the hosts in the order of these names, and of them uses the first one's address alone. Rank 0 belongs
 # where the meeting is: so there is one host whose loss the others cannot wait out, and not two
-if [ "$IS_FIRST" = 1 ]; then NAME=$ADDRESS; else NAME="host-$ADDRESS"; fi
+if [ "$IS_FIRST" = 1 ]; then HOST_NAME=$ADDRESS; else HOST_NAME="host-$ADDRESS"; fi
+export HOST_NAME
 
 HOSTS=(--nnodes="$NUM_HOSTS" --rdzv_backend=c10d --rdzv_id=nanochat --rdzv_endpoint="$FIRST_HOST:$PORT"
-    --local_addr="$NAME" --max_restarts="$MAX_RESTARTS"
+    --local_addr="$HOST_NAME" --max_restarts="$MAX_RESTARTS"
     --rdzv_conf="is_host=$IS_FIRST,join_timeout=$WAIT_SECONDS,read_timeout=$WAIT_SECONDS${RENDEZVOUS:+,$RENDEZVOUS}")
 case "$1" in
 -*)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # so many processes with a pool of threads each would fight over the cores
     exec torchrun "${HOSTS[@]}" --nproc_per_node="${PROCESSES:-auto}" "$@"
     ;;
-*) # a recipe: one on each host, in step (runs/stage.sh); it is given time to end its own processes
-    exec torchrun "${HOSTS[@]}" --nproc_per_node=1 --shutdown_timeout=120 --no-python bash "$@"
+*) # a recipe: one on each host, in step (runs/stage.sh); its own torchruns end before it does
+    exec torchrun "${HOSTS[@]}" --nproc_per_node=1 --shutdown_timeout=$((TORCH_ELASTIC_SHUTDOWN_TIMEOUT + 30)) \
+        --no-python bash "$@"
     ;;
 esac

@@ -40,10 +40,11 @@ if [ "${FRESH:-0}" = 1 ]; then
     done
 fi
 
-# Print DECISION as all hosts take it (never if one says never, else auto if one does, else skip), and 1 where this host
-# is the one that writes its base directory, 0 where another does
-agree() { # DECISION
-    RANK=$GROUP_RANK WORLD_SIZE=$NUM_HOSTS LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 python - "$1" <<'EOF'
+# Print DECISION about a stage as all hosts take it (never if one says never, else auto if one does, else skip), and 1
+# where this host is the one that writes its base directory, 0 where another does
+agree() { # NAME DECISION
+    RANK=$GROUP_RANK WORLD_SIZE=$NUM_HOSTS LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 \
+        TORCHELASTIC_USE_AGENT_STORE=True TORCHELASTIC_RESTART_COUNT="to agree on $1" python - "$2" <<'EOF'
 import sys
 
 from nanochat.common import compute_cleanup, compute_init, gather_objects, is_writer
@@ -55,12 +56,27 @@ compute_cleanup()
 EOF
 }
 
+# Serve the store in which the hosts meet at each stage, for as long as this script runs. In the background only
+serve_store() {
+    exec python - "$MASTER_PORT" "$$" <<'EOF'
+import os, sys, time
+
+from torch.distributed import TCPStore
+
+port, script = map(int, sys.argv[1:])
+store = TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+while os.getppid() == script:
+    time.sleep(5)  # the other hosts may take a moment longer
+EOF
+}
+
 NUM_HOSTS=${GROUP_WORLD_SIZE:-1} # torchrun says so
 IS_WRITER=1
 if [ "$NUM_HOSTS" -gt 1 ]; then
     unset RANK WORLD_SIZE # of this script among those of the other hosts: what it starts is something else
     trap 'exit 143' TERM  # not before what it started has ended, or the next attempt would meet it on the GPUs
-    IS_WRITER=$(agree skip)
+    [ "$GROUP_RANK" != 0 ] || serve_store &
+    IS_WRITER=$(agree hosts skip)
     IS_WRITER=${IS_WRITER#* }
 fi
 
@@ -76,7 +92,7 @@ stage() {
         resume=$(choose_resume "$record" "$identity" "$writes")
     fi
     if [ "$NUM_HOSTS" -gt 1 ] && [ "$1" = on_all_gpus ]; then
-        resume=$(agree "$resume")
+        resume=$(agree "$name" "$resume")
         resume=${resume% *}
     fi
     if [ "$resume" = skip ]; then
@@ -97,6 +113,7 @@ stage() {
     done
 
     echo "== $name: $*"
+    STAGE=$name
     "$@" || code=$?
     if [ "$code" -ne 0 ]; then
         echo "== $name: stopped with status $code; run the same command again to go on from here" >&2
@@ -171,8 +188,9 @@ write_record() { # RECORD FIRST-LINE IDENTITY
 # Run `python ARGUMENT ...` in one process a GPU of all hosts; NUM_PROCESSES says how many there are on each
 on_all_gpus() { # -m MODULE -- [ARGUMENT ...]
     if [ "$NUM_HOSTS" -gt 1 ]; then # when one host's processes end so do the others', and runs/multinode.sh starts over
-        OMP_NUM_THREADS=1 torchrun --nnodes="$NUM_HOSTS" --node_rank="$GROUP_RANK" --master_addr="$MASTER_ADDR" \
-            --master_port="$MASTER_PORT" --nproc_per_node="${NUM_PROCESSES:-1}" "$@"
+        OMP_NUM_THREADS=1 torchrun --nnodes="$NUM_HOSTS" --rdzv_backend=c10d --rdzv_id="$STAGE" \
+            --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv_conf=is_host=0 --local_addr="$HOST_NAME" \
+            --nproc_per_node="${NUM_PROCESSES:-1}" "$@"
     elif [ "${NUM_PROCESSES:-1}" -gt 1 ]; then
         # so many processes with a pool of threads each would fight over the cores
         OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node="$NUM_PROCESSES" "$@"

@@ -237,7 +237,7 @@ def start_recipe(folder: Path, host: int, base: Path, **environment: str) -> sub
     (folder / "recipe.sh").write_text(RECIPE.format(stage_sh=ROOT / "runs" / "stage.sh"), encoding="utf-8")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {"PATH": path, "HOME": "/", "LOG": str(folder / "log"), "HOST": str(host), "NANOCHAT_BASE_DIR": str(base)}
-    return subprocess.Popen(["bash", folder / "recipe.sh"], env={**env, **environment})
+    return subprocess.Popen(["bash", folder / "recipe.sh"], env={**env, **environment}, start_new_session=True)
 
 
 def run_recipe_on_two_hosts(folder: Path, *bases: Path) -> list[str]:
@@ -250,7 +250,12 @@ def run_recipe_on_two_hosts(folder: Path, *bases: Path) -> list[str]:
         start_recipe(folder, host, base, GROUP_RANK=str(host), RANK=str(host), **torchrun)
         for host, base in enumerate(bases)
     ]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    try:
+        assert [process.wait(timeout=120) for process in started] == [0, 0]
+    finally:
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     return sorted((folder / "log").read_text(encoding="utf-8").splitlines())
 
 
@@ -291,6 +296,7 @@ def stub(folder: Path, name: str, script: str) -> None:
     [
         ((), {"NUM_HOSTS": "2", "FIRST_HOST": "127.0.0.1"}, "what is to run"),
         (("speedrun.sh",), {"FIRST_HOST": "127.0.0.1"}, "set NUM_HOSTS and FIRST_HOST"),
+        (("speedrun.sh",), {"NUM_HOSTS": "2", "FIRST_HOST": "127.0.0.1", "FRESH": "1"}, "FRESH=1 is for one host"),
         (("speedrun.sh",), {"NUM_HOSTS": "2", "FIRST_HOST": "no.such.host.invalid"}, "FIRST_HOST=no.such.host.invalid"),
         (("speedrun.sh",), {"NUM_HOSTS": "2", "FIRST_HOST": "localhost"}, "which no other host can reach"),
     ],
