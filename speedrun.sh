@@ -9,7 +9,8 @@
 #
 # Run a second time it skips what is done and takes up what was interrupted from its last checkpoint. Everything is
 # written to NANOCHAT_BASE_DIR, ~/.cache/nanochat unless it is set. RECIPE=pocket or RECIPE=speedrun chooses the recipe;
-# DEPTH and NUM_SHARDS make a smaller model. Without WANDB_RUN nothing leaves the machine.
+# DEPTH and NUM_SHARDS make a smaller model. Without WANDB_RUN nothing leaves the machine. Several hosts start it with
+# runs/multinode.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/runs/setup.sh"
 
@@ -36,7 +37,14 @@ DEPTH=${DEPTH:-20}
 # more micro-batches make an optimizer step. Where the model does not fit at all it stops, before any download.
 PLAN=$(python -m nanochat.plan --depth="$DEPTH")
 read -r NUM_PROCESSES DEVICE_BATCH_SIZE <<<"$PLAN"
-echo "depth $DEPTH on $DEVICE: $NUM_PROCESSES process(es), $DEVICE_BATCH_SIZE rows each; results in $NANOCHAT_BASE_DIR"
+
+# On several hosts (runs/multinode.sh) a step of 256 rows has fewer for each process, and more than 8 processes want as
+# many lanes of data
+IN_ALL=$((NUM_HOSTS * NUM_PROCESSES))
+[ $((IN_ALL * DEVICE_BATCH_SIZE)) -le 256 ] || DEVICE_BATCH_SIZE=$((256 / IN_ALL))
+LANES=
+[ "$IN_ALL" -le 8 ] || LANES="--data_lanes=$IN_ALL"
+echo "depth $DEPTH on $DEVICE: $IN_ALL process(es), $DEVICE_BATCH_SIZE rows each; results in $NANOCHAT_BASE_DIR"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The report starts with the time, the machine and the code
@@ -58,7 +66,7 @@ TEXT="$NANOCHAT_BASE_DIR/base_data"
 DOWNLOAD=
 if ls "$TEXT"/*.parquet >/dev/null 2>&1 && ! ls "$TEXT"/source.json* >/dev/null 2>&1; then
     echo "training on your own parquet files in $TEXT"
-else
+elif [ "$IS_WRITER" = 1 ]; then # otherwise another host fills the folder that they share
     python -m nanochat.dataset -n 8
     python -m nanochat.dataset -n "$NUM_SHARDS" &
     DOWNLOAD=$!
@@ -86,10 +94,10 @@ fi
 
 CHECKPOINT="base_checkpoints/d$DEPTH/meta_*.json"
 stage base_train "base_data/source.json tokenizer/tokenizer.json" "$CHECKPOINT" \
-    on_all_gpus -m scripts.base_train -- --depth="$DEPTH" --device_batch_size="$DEVICE_BATCH_SIZE" \
+    on_all_gpus -m scripts.base_train -- --depth="$DEPTH" --device_batch_size="$DEVICE_BATCH_SIZE" $LANES \
     --save_every=1000 --run="$WANDB_RUN" --resume=auto
 stage base_loss "base_data/source.json $CHECKPOINT" "report/base_loss.json" \
-    on_all_gpus -m scripts.base_loss -- --model_tag="d$DEPTH" --device_batch_size="$DEVICE_BATCH_SIZE"
+    on_all_gpus -m scripts.base_loss -- --model_tag="d$DEPTH" --device_batch_size="$DEVICE_BATCH_SIZE" $LANES
 stage base_eval "eval_bundle/core.yaml $CHECKPOINT" "report/base_eval.json" \
     on_all_gpus -m scripts.base_eval -- --model_tag="d$DEPTH"
 
@@ -99,7 +107,7 @@ stage base_eval "eval_bundle/core.yaml $CHECKPOINT" "report/base_eval.json" \
 
 MID="mid_checkpoints/d$DEPTH/meta_*.json"
 stage mid_train "$CHECKPOINT $DATA" "$MID" \
-    on_all_gpus -m scripts.mid_train -- --model_tag="d$DEPTH" --device_batch_size="$DEVICE_BATCH_SIZE" \
+    on_all_gpus -m scripts.mid_train -- --model_tag="d$DEPTH" --device_batch_size="$DEVICE_BATCH_SIZE" $LANES \
     --data="$DATA" --save_every=250 --run="$WANDB_RUN" --resume=auto
 stage chat_eval_mid "$MID" "report/chat_eval_mid.json" \
     on_all_gpus -m scripts.chat_eval -- -i mid --model_tag="d$DEPTH" --batch_size=64
@@ -128,5 +136,5 @@ fi
 # ----------------------------------------------------------------------------------------------------------------------
 # The report card: report.md, here and in the base directory
 
-python -m nanochat.report generate
+[ "$IS_WRITER" = 0 ] || python -m nanochat.report generate
 echo "talk to it:  source .venv/bin/activate; python -m scripts.chat_cli   or, in a browser:  python -m scripts.chat_web"

@@ -14,6 +14,9 @@
 #   a record tells another identity; it stays when the stage was interrupted, or was never run by a recipe.
 #
 # FRESH=1 forgets the records: every stage runs again and replaces its own results. Downloads stay.
+#
+# On several hosts (runs/multinode.sh) each of them runs the recipe. A stage on all GPUs is one run over all hosts, which
+# decide together: it is skipped where all have finished it. What is one process runs once for each base directory.
 
 # DATA, a JSONL file of conversations of one's own, is named from where the recipe was started
 DATA=${DATA:-}
@@ -37,21 +40,72 @@ if [ "${FRESH:-0}" = 1 ]; then
     done
 fi
 
+# Print DECISION about a stage as all hosts take it (never if one says never, else auto if one does, else skip), and 1
+# where this host is the one that writes its base directory, 0 where another does
+agree() { # NAME DECISION
+    RANK=$GROUP_RANK WORLD_SIZE=$NUM_HOSTS LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 \
+        TORCHELASTIC_USE_AGENT_STORE=True TORCHELASTIC_RESTART_COUNT="to agree on $1" python - "$2" <<'EOF'
+import sys
+
+from nanochat.common import compute_cleanup, compute_init, gather_objects, is_writer
+
+compute_init("cpu")
+decisions = [decision for writes, decision in gather_objects((is_writer(), sys.argv[1])) if writes]
+print(next(decision for decision in ("never", "auto", "skip") if decision in decisions), int(is_writer()))
+compute_cleanup()
+EOF
+}
+
+# Serve the store in which the hosts meet at each stage, for as long as this script runs. In the background only
+serve_store() {
+    exec python - "$MASTER_PORT" "$$" <<'EOF'
+import os, sys, time
+
+from torch.distributed import TCPStore
+
+port, script = map(int, sys.argv[1:])
+store = TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+while os.getppid() == script:
+    time.sleep(5)  # the other hosts may take a moment longer
+EOF
+}
+
+NUM_HOSTS=${GROUP_WORLD_SIZE:-1} # torchrun says so
+IS_WRITER=1
+if [ "$NUM_HOSTS" -gt 1 ]; then
+    unset RANK WORLD_SIZE # of this script among those of the other hosts: what it starts is something else
+    trap 'exit 143' TERM  # not before what it started has ended, or the next attempt would meet it on the GPUs
+    [ "$GROUP_RANK" != 0 ] || serve_store &
+    IS_WRITER=$(agree hosts skip)
+    IS_WRITER=${IS_WRITER#* }
+fi
+
 # stage NAME "READS" "WRITES" COMMAND [ARGUMENT ...]; ends the script when the command fails
 stage() {
     local name=$1 reads=$2 writes=$3 record="$STAGES/$1" identity resume code=0 began=$SECONDS word
     shift 3
+    [ "$IS_WRITER" = 1 ] || [ "$1" = on_all_gpus ] || return 0
     identity=$(describe_stage "$reads" "$@")
     if is_same "$record.done" "$identity" && [ -n "$(newest "$writes")" ]; then
+        resume=skip
+    else
+        resume=$(choose_resume "$record" "$identity" "$writes")
+    fi
+    if [ "$NUM_HOSTS" -gt 1 ] && [ "$1" = on_all_gpus ]; then
+        resume=$(agree "$name" "$resume")
+        resume=${resume% *}
+    fi
+    if [ "$resume" = skip ]; then
         echo "== $name: skipped, $(head -n 1 "$record.done")"
         return 0
     fi
 
-    resume=$(choose_resume "$record" "$identity" "$writes")
-    if ! is_same "$record.started" "$identity"; then # an interrupted stage keeps the record of its first start
+    if [ "$IS_WRITER" = 0 ]; then
+        : # the records are the writer's
+    elif ! is_same "$record.started" "$identity"; then # an interrupted stage keeps the record of its first start
         write_record "$record.started" "resume=$resume, started on $(date '+%Y-%m-%d %H:%M:%S')" "$identity"
     fi
-    rm -f "$record.done" "$record.forgotten"
+    [ "$IS_WRITER" = 0 ] || rm -f "$record.done" "$record.forgotten"
     for word in "$@"; do
         shift
         [ "$word" != --resume=auto ] || word="--resume=$resume"
@@ -59,11 +113,13 @@ stage() {
     done
 
     echo "== $name: $*"
+    STAGE=$name
     "$@" || code=$?
     if [ "$code" -ne 0 ]; then
         echo "== $name: stopped with status $code; run the same command again to go on from here" >&2
         exit "$code"
     fi
+    [ "$IS_WRITER" = 1 ] || return 0
     case "$identity" in *"absent "*) identity=$(describe_stage "$reads" "$@") ;; esac # it fetched that itself
     write_record "$record.done" "done on $(date '+%Y-%m-%d %H:%M:%S') in $((SECONDS - began)) s" "$identity"
     rm -f "$record.started"
@@ -129,9 +185,13 @@ write_record() { # RECORD FIRST-LINE IDENTITY
     mv "$1.tmp" "$1"
 }
 
-# Run `python ARGUMENT ...` in one process a GPU; NUM_PROCESSES says how many there are
+# Run `python ARGUMENT ...` in one process a GPU of all hosts; NUM_PROCESSES says how many there are on each
 on_all_gpus() { # -m MODULE -- [ARGUMENT ...]
-    if [ "${NUM_PROCESSES:-1}" -gt 1 ]; then
+    if [ "$NUM_HOSTS" -gt 1 ]; then # when one host's processes end so do the others', and runs/multinode.sh starts over
+        OMP_NUM_THREADS=1 torchrun --nnodes="$NUM_HOSTS" --rdzv_backend=c10d --rdzv_id="$STAGE" \
+            --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv_conf=is_host=0 --local_addr="$HOST_NAME" \
+            --nproc_per_node="${NUM_PROCESSES:-1}" "$@"
+    elif [ "${NUM_PROCESSES:-1}" -gt 1 ]; then
         # so many processes with a pool of threads each would fight over the cores
         OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node="$NUM_PROCESSES" "$@"
     else

@@ -11,10 +11,11 @@ import pytest
 from nanochat import configurator, report
 
 ROOT = Path(__file__).parent.parent
-SHELL_SCRIPTS = [ROOT / "speedrun.sh", ROOT / ".ci" / "run", *sorted((ROOT / "runs").glob("*.sh"))]
+SHELL_SCRIPTS = [ROOT / "speedrun.sh", ROOT / ".ci" / "run", *sorted((ROOT / "runs").glob("*.s[hb]*"))]
 PACKAGES = ("nanochat", "scripts", "tasks", "dev")
 OTHER_PROGRAMS = ("pytest", "pip", "venv")  # modules that are not ours
-COMMAND = re.compile(r"(?:python3?|torchrun|on_all_gpus)\s+(?:-\S+\s+)*?-m\s+(\w+(?:\.\w+)*)(?![\w.<])([^`|;&#)>]*)")
+LAUNCHERS = r"(?:python3?|torchrun|on_all_gpus|multinode\.sh|slurm\.sbatch)"
+COMMAND = re.compile(LAUNCHERS + r"\s+(?:-\S+\s+)*?-m\s+(\w+(?:\.\w+)*)(?![\w.<])([^`|;&#)>]*)")
 PLACEHOLDER = re.compile(r"\$|\.\.\.|<|\[|\b[A-Z]{2,}\b")  # $DEPTH, ..., <tag>, [ARGUMENT], NAME
 
 
@@ -48,7 +49,7 @@ def find_commands() -> list[tuple[str, str, str]]:
     commands = set()
     for where, text in documented_texts():
         for line in re.sub(r"\\\n\s*", " ", text).splitlines():
-            line = re.sub(r"\s{3,}[^-\s].*$", "", line.strip())  # what stands in a column of its own explains
+            line = re.sub(r"\s{3,}[^-\s].*$", "", line.strip(" #"))  # what stands in a column of its own explains
             for match in COMMAND.finditer(line):
                 commands.add((where, match[1], match[2].strip()))
     return sorted(commands)
@@ -84,6 +85,7 @@ def test_the_commands_that_matter_are_found():
     found = {(where, module) for where, module, _ in find_commands()}
     assert ("speedrun.sh", "scripts.base_train") in found
     assert ("runs/pocket.sh", "scripts.base_eval") in found
+    assert ("runs/multinode.sh", "scripts.base_train") in found
     assert ("nanochat/report.py", "nanochat.report") in found
     assert ("scripts/base_train.py", "scripts.base_train") in found
 

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,11 @@ PROCESSES.set_forkserver_preload(
 )
 
 
-def run_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, each: Sequence[dict[str, str]] = ()) -> list[Any]:
     """What work(runtime, *args) returns on each rank, in the order of ranks; the traceback of the first that failed.
 
-    This process keeps the store over which the ranks meet, as torchrun's agent does; so its port is surely free.
+    each: variables of the environment that a rank has of its own, one dict a rank. This process keeps the store over
+    which the ranks meet, as torchrun's agent does; so its port is surely free.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=SECONDS))
     environment = {
@@ -70,7 +71,7 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any
     processes, receivers = [], []
     for rank in range(world_size):
         receiver, sender = PROCESSES.Pipe(duplex=False)
-        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), **(each[rank] if each else {})}
         process = PROCESSES.Process(target=_rank_main, args=(own, sender, work, args), daemon=True)
         process.start()
         sender.close()
