@@ -78,7 +78,7 @@ class Saver:
         elif not math.isfinite(grad_norm):
             problem = "the gradient is no longer finite"
         elif meter.updates >= AVERAGE_STEPS and meter.loss > meter.loss_limit:
-            problem = f"the average loss has risen from {meter.min_loss:.4g} to {meter.loss:.4g}"
+            problem = f"the average loss has exploded, from {meter.best_loss:.4g} to {meter.loss:.4g}"
         self.is_too_high = problem is not None or loss > meter.loss_limit
         if self.unproven is not None:
             if self.is_too_high:

@@ -338,17 +338,21 @@ class TrainMeter:
         return self.loss_average / (1 - EMA_BETA**self.updates) if self.updates else float("nan")
 
     @property
+    def best_loss(self) -> float:
+        """The smallest average loss so far, or that of a model that knows nothing; infinity without a vocab_size."""
+        knows_nothing = math.log(self.vocab_size) if self.vocab_size else math.inf
+        return knows_nothing if self.min_loss is None else min(self.min_loss, knows_nothing)
+
+    @property
     def loss_limit(self) -> float:
         """Above it the loss has exploded, in nats: infinity without a vocab_size.
 
-        It is half-way between the smallest average so far and the loss of a model that knows nothing, ln(vocab_size),
-        but at least MIN_RISE_NATS above the smallest average: half of what was learned is lost.
+        It is half-way between the best loss so far and that of a model that knows nothing, ln(vocab_size), but at least
+        MIN_RISE_NATS above the best: half of what was learned is lost.
         """
         if self.vocab_size is None:
             return math.inf
-        knows_nothing = math.log(self.vocab_size)
-        best = knows_nothing if self.min_loss is None else min(self.min_loss, knows_nothing)
-        return max((best + knows_nothing) / 2, best + MIN_RISE_NATS)
+        return max((self.best_loss + math.log(self.vocab_size)) / 2, self.best_loss + MIN_RISE_NATS)
 
     @property
     def tokens_per_second(self) -> float:

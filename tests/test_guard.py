@@ -138,7 +138,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 def test_a_loss_that_explodes_ends_the_run_and_nothing_is_saved_from_its_rise_on(tmp_path, capsys):
     run = Training(tmp_path)
     assert run.train(*[3.0] * 20) == [18, 19]
-    with pytest.raises(UserError, match=r"average loss has risen from 3 to .* is step 19 of"):
+    with pytest.raises(UserError, match=r"average loss has exploded, from 3 to .* is step 19 of"):
         run.train(*[12.0] * 9)
     assert run.step < 25 and complete_steps(tmp_path) == [18, 19]
     assert "checkpoint 20 is removed" in capsys.readouterr().out
@@ -146,7 +146,7 @@ def test_a_loss_that_explodes_ends_the_run_and_nothing_is_saved_from_its_rise_on
 
 def test_a_loss_that_explodes_early_ends_the_run_once_the_average_means_something(tmp_path):
     run = Training(tmp_path)
-    with pytest.raises(UserError, match="average loss has risen"):
+    with pytest.raises(UserError, match=r"average loss has exploded, from 5\.549 to"):
         run.train(5.5, 5.5, *[14.0] * 20)
     assert run.step + 1 == 10 and complete_steps(tmp_path) == [1]
 
