@@ -1,0 +1,264 @@
+//! Counting: how often each distinct piece occurs in a stream of texts.
+
+use std::hash::BuildHasher;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use rustc_hash::{FxBuildHasher, FxHashMap};
+
+use crate::key::Key;
+use crate::{Error, Splitter};
+
+/// Distinct pieces with the number of times that each occurs, in no particular order.
+#[derive(Debug, Clone, Default)]
+pub struct PieceCounts {
+    bytes: Vec<u8>,
+    /// Where each piece ends in `bytes`, and its count.
+    pieces: Vec<(usize, i64)>,
+}
+
+impl PieceCounts {
+    /// The number of distinct pieces.
+    pub fn len(&self) -> usize {
+        self.pieces.len()
+    }
+
+    /// Whether there are no pieces.
+    pub fn is_empty(&self) -> bool {
+        self.pieces.is_empty()
+    }
+
+    /// The number of bytes of all distinct pieces.
+    pub fn num_bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// The pieces with their counts.
+    pub fn iter(&self) -> impl Iterator<Item = (&[u8], i64)> {
+        let mut start = 0;
+        self.pieces.iter().map(move |&(end, count)| (&self.bytes[std::mem::replace(&mut start, end)..end], count))
+    }
+
+    /// Adds a piece that is not there yet.
+    fn push(&mut self, piece: &[u8], count: i64) {
+        self.bytes.extend_from_slice(piece);
+        self.pieces.push((self.bytes.len(), count));
+    }
+}
+
+/// The pieces must be distinct.
+impl<P: AsRef<[u8]>> FromIterator<(P, i64)> for PieceCounts {
+    fn from_iter<I: IntoIterator<Item = (P, i64)>>(pieces: I) -> Self {
+        let mut counts = PieceCounts::default();
+        pieces.into_iter().for_each(|(piece, count)| counts.push(piece.as_ref(), count));
+        counts
+    }
+}
+
+/// Counts the pieces of a stream of texts. Every thread keeps a table of its own until the end.
+pub struct PieceCounter {
+    workers: Vec<CountWorker>,
+}
+
+struct CountWorker {
+    splitter: Splitter,
+    table: CountTable,
+}
+
+impl PieceCounter {
+    /// A counter without texts that works with `num_threads` threads.
+    pub fn new(splitter: &Splitter, num_threads: usize) -> Self {
+        // A clone per thread: the threads would wait for each other on the scratch memory of one regular expression.
+        let worker = || CountWorker { splitter: splitter.clone(), table: CountTable::default() };
+        PieceCounter { workers: (0..num_threads.max(1)).map(|_| worker()).collect() }
+    }
+
+    /// Adds the pieces of `texts`. After an error the counts are those of a part of the texts.
+    pub fn add<S: AsRef<str> + Sync>(&mut self, texts: &[S]) -> Result<(), Error> {
+        let next_text = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            let spawn = |worker| scope.spawn(|| CountWorker::take_texts(worker, texts, &next_text));
+            let threads: Vec<_> = self.workers.iter_mut().map(spawn).collect();
+            threads.into_iter().try_for_each(|thread| thread.join().expect("a counting thread panicked"))
+        })
+    }
+
+    /// The counts over all texts. Each thread adds up a share of the pieces over all tables.
+    pub fn finish(self) -> PieceCounts {
+        let tables: Vec<CountTable> = self.workers.into_iter().map(|worker| worker.table).collect();
+        if let [table] = &tables[..] {
+            return table.pieces(0, 1).collect();
+        }
+        let add_up = |share| {
+            let mut total = CountTable::default();
+            for table in &tables {
+                for (piece, count) in table.pieces(share, tables.len()) {
+                    total.add(piece.as_ref(), 0, piece.as_ref().len(), count);
+                }
+            }
+            total.pieces(0, 1).collect::<PieceCounts>()
+        };
+        let mut counts = PieceCounts::default();
+        thread::scope(|scope| {
+            let threads: Vec<_> = (0..tables.len()).map(|share| scope.spawn(move || add_up(share))).collect();
+            for thread in threads {
+                let part = thread.join().expect("a counting thread panicked");
+                part.iter().for_each(|(piece, count)| counts.push(piece, count));
+            }
+        });
+        counts
+    }
+}
+
+impl CountWorker {
+    fn take_texts<S: AsRef<str>>(&mut self, texts: &[S], next_text: &AtomicUsize) -> Result<(), Error> {
+        while let Some(text) = texts.get(next_text.fetch_add(1, Ordering::Relaxed)) {
+            let (text, table) = (text.as_ref(), &mut self.table);
+            self.splitter.for_each_piece(text, |start, end| table.add(text.as_bytes(), start, end, 1))?;
+        }
+        Ok(())
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The table of one thread
+
+/// Piece -> count: an open-addressing table of keys for the short pieces, at most half full, and a map for the others.
+struct CountTable {
+    slots: Vec<Slot>,
+    num_used: usize,
+    long: FxHashMap<Box<[u8]>, i64>,
+}
+
+#[derive(Clone, Default)]
+struct Slot {
+    key: Key,
+    count: i64,
+}
+
+/// A piece of a table: of its key, or of its map.
+enum Piece<'t> {
+    Short([u8; 16], usize),
+    Long(&'t [u8]),
+}
+
+impl AsRef<[u8]> for Piece<'_> {
+    fn as_ref(&self) -> &[u8] {
+        match self {
+            Piece::Short(bytes, len) => &bytes[..*len],
+            Piece::Long(bytes) => bytes,
+        }
+    }
+}
+
+impl Default for CountTable {
+    fn default() -> Self {
+        CountTable { slots: vec![Slot::default(); 1 << 12], num_used: 0, long: FxHashMap::default() }
+    }
+}
+
+impl CountTable {
+    /// Adds `count` occurrences of the piece `text[start..end]`.
+    #[inline]
+    fn add(&mut self, text: &[u8], start: usize, end: usize, count: i64) {
+        match Key::new(text, start, end) {
+            Some(key) => self.add_key(key, count),
+            // Looked up before it is inserted: most pieces are there already and need no copy.
+            None => match self.long.get_mut(&text[start..end]) {
+                Some(total) => *total += count,
+                None => {
+                    self.long.insert(text[start..end].into(), count);
+                }
+            },
+        }
+    }
+
+    #[inline]
+    fn add_key(&mut self, key: Key, count: i64) {
+        let mut place = self.first_place(key);
+        loop {
+            let slot = &mut self.slots[place];
+            if slot.key == key {
+                slot.count += count;
+                return;
+            }
+            if slot.key.is_empty() {
+                *slot = Slot { key, count };
+                self.num_used += 1;
+                if 2 * self.num_used > self.slots.len() {
+                    self.grow();
+                }
+                return;
+            }
+            place = (place + 1) & (self.slots.len() - 1);
+        }
+    }
+
+    /// The number of slots is a power of two.
+    #[inline]
+    fn first_place(&self, key: Key) -> usize {
+        (key.hash() >> (64 - self.slots.len().trailing_zeros())) as usize
+    }
+
+    #[cold]
+    fn grow(&mut self) {
+        let larger = vec![Slot::default(); 2 * self.slots.len()];
+        let smaller = std::mem::replace(&mut self.slots, larger);
+        self.num_used = 0;
+        for slot in smaller.into_iter().filter(|slot| !slot.key.is_empty()) {
+            self.add_key(slot.key, slot.count);
+        }
+    }
+
+    /// One of `num_shares` parts of the pieces, with their counts; a piece is in the same part in every table.
+    fn pieces(&self, share: usize, num_shares: usize) -> impl Iterator<Item = (Piece<'_>, i64)> {
+        let is_in_share = move |hash: u64| (hash as u32 as usize) % num_shares == share;
+        let short = self.slots.iter().filter(move |slot| !slot.key.is_empty() && is_in_share(slot.key.hash()));
+        let long = self.long.iter().filter(move |(piece, _)| is_in_share(FxBuildHasher.hash_one(piece)));
+        short
+            .map(|slot| {
+                let (bytes, len) = slot.key.bytes();
+                (Piece::Short(bytes, len), slot.count)
+            })
+            .chain(long.map(|(piece, &count)| (Piece::Long(piece), count)))
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::DEFAULT_PATTERN;
+    use crate::testing::Random;
+
+    #[test]
+    fn counts_are_those_of_the_pieces_whatever_the_number_of_threads() {
+        let mut random = Random(3);
+        let alphabet: Vec<char> = "abcdefé字 \n".chars().collect();
+        let texts: Vec<String> = (0..400).map(|_| random.text(&alphabet, 400)).collect();
+        let splitter = Splitter::new(DEFAULT_PATTERN).unwrap();
+        let mut expected: BTreeMap<&[u8], i64> = BTreeMap::new();
+        for text in &texts {
+            let count = |start, end| *expected.entry(&text.as_bytes()[start..end]).or_default() += 1;
+            splitter.for_each_piece(text, count).unwrap();
+        }
+        assert!(expected.len() > 1 << 12, "the tables do not grow");
+        assert!(expected.keys().any(|piece| piece.len() > Key::MAX_LEN), "no long pieces");
+        for (num_threads, texts_at_a_time) in [(1, 400), (3, 400), (4, 7)] {
+            let mut counter = PieceCounter::new(&splitter, num_threads);
+            texts.chunks(texts_at_a_time).for_each(|chunk| counter.add(chunk).unwrap());
+            let counts = counter.finish();
+            assert_eq!(counts.len(), expected.len());
+            assert_eq!(counts.iter().collect::<BTreeMap<_, _>>(), expected);
+        }
+    }
+
+    #[test]
+    fn a_pattern_that_gives_up_is_an_error() {
+        let splitter = Splitter::new(r"(?:a|b|ab)*?(?<!x)c").unwrap();
+        assert!(matches!(PieceCounter::new(&splitter, 2).add(&["ab".repeat(200)]), Err(Error::Split { .. })));
+    }
+}
