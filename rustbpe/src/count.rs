@@ -60,6 +60,9 @@ pub struct PieceCounter {
     workers: Vec<CountWorker>,
 }
 
+/// So many short pieces are found before they are counted.
+const WAITING_PIECES: usize = 256;
+
 struct CountWorker {
     splitter: Splitter,
     table: CountTable,
@@ -87,16 +90,14 @@ impl PieceCounter {
     pub fn finish(self) -> PieceCounts {
         let tables: Vec<CountTable> = self.workers.into_iter().map(|worker| worker.table).collect();
         if let [table] = &tables[..] {
-            return table.pieces(0, 1).collect();
+            return table.to_counts();
         }
         let add_up = |share| {
             let mut total = CountTable::default();
             for table in &tables {
-                for (piece, count) in table.pieces(share, tables.len()) {
-                    total.add(piece.as_ref(), 0, piece.as_ref().len(), count);
-                }
+                table.pieces(share, tables.len()).for_each(|(piece, count)| total.add(piece, count));
             }
-            total.pieces(0, 1).collect::<PieceCounts>()
+            total.to_counts()
         };
         let mut counts = PieceCounts::default();
         thread::scope(|scope| {
@@ -112,10 +113,23 @@ impl PieceCounter {
 
 impl CountWorker {
     fn take_texts<S: AsRef<str>>(&mut self, texts: &[S], next_text: &AtomicUsize) -> Result<(), Error> {
+        // In a loop of its own the processor looks at several places of the table, which is mostly not in its cache, at
+        // the same time; between the steps of the splitter it would wait for each of them.
+        let mut waiting = Vec::with_capacity(WAITING_PIECES);
         while let Some(text) = texts.get(next_text.fetch_add(1, Ordering::Relaxed)) {
             let (text, table) = (text.as_ref(), &mut self.table);
-            self.splitter.for_each_piece(text, |start, end| table.add(text.as_bytes(), start, end, 1))?;
+            let bytes = text.as_bytes();
+            self.splitter.for_each_piece(text, |start, end| match Key::new(bytes, start, end) {
+                Some(key) => {
+                    waiting.push(key);
+                    if waiting.len() == WAITING_PIECES {
+                        waiting.drain(..).for_each(|key| table.add_key(key, 1));
+                    }
+                }
+                None => table.add_long(&bytes[start..end], 1),
+            })?;
         }
+        waiting.into_iter().for_each(|key| self.table.add_key(key, 1));
         Ok(())
     }
 }
@@ -136,19 +150,10 @@ struct Slot {
     count: i64,
 }
 
-/// A piece of a table: of its key, or of its map.
+/// A piece of a table: of its slots, or of its map.
 enum Piece<'t> {
-    Short([u8; 16], usize),
+    Short(Key),
     Long(&'t [u8]),
-}
-
-impl AsRef<[u8]> for Piece<'_> {
-    fn as_ref(&self) -> &[u8] {
-        match self {
-            Piece::Short(bytes, len) => &bytes[..*len],
-            Piece::Long(bytes) => bytes,
-        }
-    }
 }
 
 impl Default for CountTable {
@@ -158,18 +163,20 @@ impl Default for CountTable {
 }
 
 impl CountTable {
-    /// Adds `count` occurrences of the piece `text[start..end]`.
-    #[inline]
-    fn add(&mut self, text: &[u8], start: usize, end: usize, count: i64) {
-        match Key::new(text, start, end) {
-            Some(key) => self.add_key(key, count),
-            // Looked up before it is inserted: most pieces are there already and need no copy.
-            None => match self.long.get_mut(&text[start..end]) {
-                Some(total) => *total += count,
-                None => {
-                    self.long.insert(text[start..end].into(), count);
-                }
-            },
+    fn add(&mut self, piece: Piece, count: i64) {
+        match piece {
+            Piece::Short(key) => self.add_key(key, count),
+            Piece::Long(bytes) => self.add_long(bytes, count),
+        }
+    }
+
+    /// Looked up before it is inserted: most pieces are there already and need no copy.
+    fn add_long(&mut self, piece: &[u8], count: i64) {
+        match self.long.get_mut(piece) {
+            Some(total) => *total += count,
+            None => {
+                self.long.insert(piece.into(), count);
+            }
         }
     }
 
@@ -210,17 +217,27 @@ impl CountTable {
         }
     }
 
+    fn to_counts(&self) -> PieceCounts {
+        let mut counts = PieceCounts::default();
+        for (piece, count) in self.pieces(0, 1) {
+            match piece {
+                Piece::Short(key) => {
+                    let (bytes, len) = key.bytes();
+                    counts.push(&bytes[..len], count);
+                }
+                Piece::Long(bytes) => counts.push(bytes, count),
+            }
+        }
+        counts
+    }
+
     /// One of `num_shares` parts of the pieces, with their counts; a piece is in the same part in every table.
     fn pieces(&self, share: usize, num_shares: usize) -> impl Iterator<Item = (Piece<'_>, i64)> {
         let is_in_share = move |hash: u64| (hash as u32 as usize) % num_shares == share;
         let short = self.slots.iter().filter(move |slot| !slot.key.is_empty() && is_in_share(slot.key.hash()));
         let long = self.long.iter().filter(move |(piece, _)| is_in_share(FxBuildHasher.hash_one(piece)));
-        short
-            .map(|slot| {
-                let (bytes, len) = slot.key.bytes();
-                (Piece::Short(bytes, len), slot.count)
-            })
-            .chain(long.map(|(piece, &count)| (Piece::Long(piece), count)))
+        let short = short.map(|slot| (Piece::Short(slot.key), slot.count));
+        short.chain(long.map(|(piece, &count)| (Piece::Long(piece), count)))
     }
 }
 

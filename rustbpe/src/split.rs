@@ -157,6 +157,13 @@ impl Scanner {
     #[inline]
     fn letters_end(&self, text: &[u8], mut at: usize) -> usize {
         loop {
+            while let Some(bytes) = text.get(at..at + 8) {
+                let num_letters = leading_ascii_letters(bytes.try_into().expect("8 bytes"));
+                at += num_letters;
+                if num_letters < 8 {
+                    break;
+                }
+            }
             while at < text.len() && text[at].is_ascii_alphabetic() {
                 at += 1;
             }
@@ -233,6 +240,17 @@ impl Scanner {
         };
         (self.classes.of(code), at + len)
     }
+}
+
+/// How many of eight bytes are ASCII letters before the first that is not, without a branch for each: where a word ends
+/// cannot be foreseen. A sum sets the highest bit of each byte that is at least a, or above z.
+#[inline]
+fn leading_ascii_letters(bytes: [u8; 8]) -> usize {
+    let all = |byte: u8| u64::from_le_bytes([byte; 8]);
+    let text = u64::from_le_bytes(bytes);
+    let lower = (text & all(0x7f)) | all(b'a' - b'A');
+    let letters = (lower + all(0x80 - b'a')) & !(lower + all(0x7f - b'z')) & !text;
+    ((!letters & all(0x80)).trailing_zeros() / 8) as usize
 }
 
 /// The end of `'(?i:[sdmt]|ll|ve|re)` at `start`. Among them is U+017F, the long s: it is an s but for its case.

@@ -5,16 +5,15 @@
 //! look away. A pair of tokens is known by the positions at which it stands, or stood once; a merge goes through them
 //! and rewrites the cells in place.
 //!
-//! Two things keep that quick. The pairs that a merge creates all hold the new token, so their counts are gathered in
-//! an array over their other token, and so is what the pairs lose that the merge breaks up: the table of all pairs is
-//! asked once for each pair and not for each place. And after its creation a pair's count only falls, so the queue may
-//! hold counts that are too large: a pair that comes out with an old count goes back with the right one.
+//! Two things keep that quick. The pairs that a merge creates all hold the new token, so arrays over their other token
+//! gather their counts and positions, without hashing. And after its creation a pair's count only falls, so the queue
+//! may hold counts that are too large: whether one is right is only found out when its pair comes first, from the cells
+//! themselves, and a pair whose count has fallen goes back with the right one. Most pairs never come so far. Only the
+//! pairs of the first tokens, which stand at very many places and fall often, have their counts kept.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
-use std::collections::hash_map::Entry;
-
-use rustc_hash::FxHashMap;
+use std::mem;
 
 use crate::{NUM_BYTES, PieceCounts};
 
@@ -50,8 +49,7 @@ pub fn learn_merges<E>(
         drop(counts);
         while merges.len() < wanted {
             progress(merges.len(), wanted)?;
-            let Some((pair, places)) = learner.pop_most_frequent() else { break };
-            learner.merge(pair, places);
+            let Some(pair) = learner.merge_most_frequent() else { break };
             merges.push(pair);
         }
     }
@@ -64,23 +62,58 @@ pub fn learn_merges<E>(
 struct Cell {
     /// The token that begins or ends here. In the middle of a token it is `INSIDE`, between two pieces `SEPARATOR`.
     token: u32,
-    piece: u32,
+    /// How often the piece occurs. It is here for the same reason for which the counts of pairs are not: it costs no
+    /// look at another place.
+    count: u32,
 }
 
 const SEPARATOR: u32 = u32::MAX;
 const INSIDE: u32 = u32::MAX - 1;
 
-/// Where a pair stands, or stood once: `positions[start..end]` of the learner, ascending within each piece. A position
-/// is the first cell of the left token.
-#[derive(Clone, Copy)]
-struct Places {
+/// The counts of pairs of tokens below this are kept.
+const NUM_KEPT: usize = 512;
+
+/// The number of bits that a count can have, and 0.
+const COUNT_BITS: usize = i64::BITS as usize;
+
+/// A pair, its count or a larger number, and where it stands or stood once: `positions[start..end]` of the learner,
+/// ascending within each piece. A position is the first cell of the left token. The largest candidate is merged next.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Candidate {
+    count: i64,
+    pair: Reverse<Pair>,
     start: usize,
     end: usize,
 }
 
-struct PairStats {
-    count: i64,
-    places: Places,
+/// The candidates. Only the largest ones are in order: the others wait by the number of bits of their counts, most of
+/// them for ever.
+#[derive(Default)]
+struct Queue {
+    first: BinaryHeap<Candidate>,
+    /// The number of bits of the smallest counts in `first`; all that wait have fewer.
+    bits: usize,
+    waiting: Vec<Vec<Candidate>>,
+}
+
+impl Queue {
+    /// Adds a candidate with a count of at least 1.
+    fn push(&mut self, candidate: Candidate) {
+        let bits = (i64::BITS - candidate.count.leading_zeros()) as usize;
+        if bits >= self.bits {
+            self.first.push(candidate);
+        } else {
+            self.waiting[bits].push(candidate);
+        }
+    }
+
+    fn pop(&mut self) -> Option<Candidate> {
+        while self.first.is_empty() && self.bits > 0 {
+            self.bits -= 1;
+            self.first = mem::take(&mut self.waiting[self.bits]).into();
+        }
+        self.first.pop()
+    }
 }
 
 /// What the merge under way has found on one side of the new token.
@@ -109,43 +142,97 @@ impl Side {
         neighbour.num_places += 1;
         self.found.push((token, position as u32));
     }
+
+    /// Makes a candidate of each neighbour's pair with the new token (`gained`), with its positions, uncounts the pair
+    /// that it had before (`lost`), and forgets the neighbours.
+    fn drain_into(
+        &mut self,
+        positions: &mut Vec<u32>,
+        queue: &mut Queue,
+        kept: &mut KeptCounts,
+        gained: impl Fn(u32) -> Pair,
+        lost: impl Fn(u32) -> Pair,
+    ) {
+        let mut end = positions.len();
+        positions.resize(end + self.found.len(), 0);
+        for &token in &self.tokens {
+            let neighbour = &mut self.of_token[token as usize];
+            let start = end;
+            end += neighbour.num_places;
+            queue.push(Candidate { count: neighbour.count, pair: Reverse(gained(token)), start, end });
+            kept.add(gained(token), neighbour.count);
+            kept.add(lost(token), -neighbour.count);
+            neighbour.num_places = start; // from here on, where its next position goes
+        }
+        for (token, position) in self.found.drain(..) {
+            let place = &mut self.of_token[token as usize].num_places;
+            positions[*place] = position;
+            *place += 1;
+        }
+        for token in self.tokens.drain(..) {
+            self.of_token[token as usize] = Neighbour::default();
+        }
+    }
 }
 
-/// The state between two merges. The queue holds every pair of `pairs` once, with a count that is right or too large.
+/// The counts of the pairs of the first tokens.
+struct KeptCounts(Vec<i64>);
+
+impl KeptCounts {
+    /// None: the count of this pair is not kept.
+    fn of(&mut self, pair: Pair) -> Option<&mut i64> {
+        let (left, right) = (pair.0 as usize, pair.1 as usize);
+        (left.max(right) < NUM_KEPT).then(|| &mut self.0[left * NUM_KEPT + right])
+    }
+
+    fn add(&mut self, pair: Pair, count: i64) {
+        if let Some(kept) = self.of(pair) {
+            *kept += count;
+        }
+    }
+}
+
+/// The state between two merges.
 struct Learner {
     cells: Vec<Cell>,
-    /// The count of each piece.
-    counts: Vec<i64>,
     /// The number of bytes of each token.
     token_len: Vec<u32>,
     positions: Vec<u32>,
-    pairs: FxHashMap<Pair, PairStats>,
-    queue: BinaryHeap<(i64, Reverse<Pair>)>,
+    queue: Queue,
+    kept: KeptCounts,
+    /// The pair that is being looked at: the positions at which it still stands, with the counts of their pieces.
+    live: Vec<(u32, u32)>,
     left: Side,
     right: Side,
 }
 
 impl Learner {
     fn new(counts: &PieceCounts) -> Self {
-        let num_cells = counts.num_bytes() + counts.len() + 1;
-        assert!(u32::try_from(num_cells).is_ok(), "the distinct pieces have 2^32 bytes or more");
         let mut learner = Learner {
-            cells: Vec::with_capacity(num_cells),
-            counts: Vec::with_capacity(counts.len()),
+            cells: Vec::with_capacity(counts.num_bytes() + counts.len() + 1),
             token_len: vec![1; NUM_BYTES as usize],
             positions: Vec::new(),
-            pairs: FxHashMap::default(),
-            queue: BinaryHeap::new(),
+            queue: Queue {
+                bits: COUNT_BITS,
+                waiting: (0..COUNT_BITS).map(|_| Vec::new()).collect(),
+                ..Queue::default()
+            },
+            kept: KeptCounts(vec![0; NUM_KEPT * NUM_KEPT]),
+            live: Vec::new(),
             left: Side::default(),
             right: Side::default(),
         };
-        learner.cells.push(Cell { token: SEPARATOR, piece: 0 });
-        for (bytes, count) in counts.iter().filter(|(bytes, _)| bytes.len() > 1) {
-            let piece = learner.counts.len() as u32;
-            learner.counts.push(count);
-            learner.cells.extend(bytes.iter().map(|&byte| Cell { token: byte.into(), piece }));
-            learner.cells.push(Cell { token: SEPARATOR, piece });
+        learner.cells.push(Cell { token: SEPARATOR, count: 0 });
+        for (bytes, mut rest) in counts.iter().filter(|(bytes, _)| bytes.len() > 1) {
+            // A piece whose count has more than 32 bits is there several times.
+            while rest > 0 {
+                let count = u32::try_from(rest).unwrap_or(u32::MAX);
+                rest -= i64::from(count);
+                learner.cells.extend(bytes.iter().map(|&byte| Cell { token: byte.into(), count }));
+                learner.cells.push(Cell { token: SEPARATOR, count });
+            }
         }
+        assert!(u32::try_from(learner.cells.len()).is_ok(), "the distinct pieces have 2^32 bytes or more");
         learner.find_pairs_of_bytes();
         learner
     }
@@ -159,7 +246,7 @@ impl Learner {
         };
         for cells in self.cells.windows(2) {
             if let Some(pair) = pair_at(cells) {
-                found[pair].count += self.counts[cells[0].piece as usize];
+                found[pair].count += i64::from(cells[0].count);
                 found[pair].num_places += 1;
             }
         }
@@ -169,8 +256,9 @@ impl Learner {
             next_place[pair] = end;
             end += num_places;
             if num_places > 0 {
-                let places = Places { start: end - num_places, end };
-                self.add_pair(((pair / N) as u32, (pair % N) as u32), count, places);
+                let pair = Reverse(((pair / N) as u32, (pair % N) as u32));
+                self.queue.push(Candidate { count, pair, start: end - num_places, end });
+                self.kept.add(pair.0, count);
             }
         }
         self.positions = vec![0; end];
@@ -182,26 +270,54 @@ impl Learner {
         }
     }
 
-    fn add_pair(&mut self, pair: Pair, count: i64, places: Places) {
-        self.pairs.insert(pair, PairStats { count, places });
-        self.queue.push((count, Reverse(pair)));
-    }
-
-    /// Takes the pair with the largest count, of equal ones the smallest, from queue and table. None: no pair is left.
-    fn pop_most_frequent(&mut self) -> Option<(Pair, Places)> {
-        while let Some((queued_count, Reverse(pair))) = self.queue.pop() {
-            let Entry::Occupied(entry) = self.pairs.entry(pair) else { continue };
-            let count = entry.get().count;
-            if count == queued_count {
-                return Some((pair, entry.remove().places));
+    /// Replaces the pair with the largest count, of equal ones the smallest, by a new token. None: no pair is left.
+    fn merge_most_frequent(&mut self) -> Option<Pair> {
+        loop {
+            let mut candidate = self.queue.pop()?;
+            if let Some(&mut count) = self.kept.of(candidate.pair.0).filter(|count| **count != candidate.count) {
+                if count > 0 {
+                    self.queue.push(Candidate { count, ..candidate });
+                }
+                continue;
             }
-            self.queue.push((count, Reverse(pair)));
+            let count = self.find_live(&candidate);
+            if count == candidate.count {
+                self.merge(candidate.pair.0);
+                return Some(candidate.pair.0);
+            }
+            if count > 0 {
+                candidate.count = count;
+                candidate.end = candidate.start + self.live.len();
+                for (position, live) in self.positions[candidate.start..].iter_mut().zip(&self.live) {
+                    *position = live.0;
+                }
+                self.queue.push(candidate);
+            }
         }
-        None
     }
 
-    /// Replaces `pair` by the next token wherever it stands among `places`.
-    fn merge(&mut self, pair: Pair, places: Places) {
+    /// Finds the positions at which a pair stands, and returns its count.
+    fn find_live(&mut self, candidate: &Candidate) -> i64 {
+        let Reverse((left, right)) = candidate.pair;
+        let left_len = self.token_len[left as usize] as usize;
+        self.live.clear();
+        self.live.resize(candidate.end - candidate.start, (0, 0));
+        // The cells are mostly not in the processor's cache: in a loop without branches it looks at many of them at the
+        // same time.
+        let (mut num_live, mut count) = (0, 0);
+        for &position in &self.positions[candidate.start..candidate.end] {
+            let cell = self.cells[position as usize];
+            let is_live = (cell.token == left) & (self.cells[position as usize + left_len].token == right);
+            self.live[num_live] = (position, cell.count);
+            num_live += usize::from(is_live);
+            count += i64::from(cell.count) * i64::from(is_live);
+        }
+        self.live.truncate(num_live);
+        count
+    }
+
+    /// Replaces `pair` by the next token at the live positions, and adds the pairs that this creates.
+    fn merge(&mut self, pair: Pair) {
         let new_token = self.token_len.len() as u32;
         let left_len = self.token_len[pair.0 as usize] as usize;
         let len = left_len + self.token_len[pair.1 as usize] as usize;
@@ -209,82 +325,31 @@ impl Learner {
         self.left.of_token.resize(self.token_len.len(), Neighbour::default());
         self.right.of_token.resize(self.token_len.len(), Neighbour::default());
 
-        for place in places.start..places.end {
-            let first = self.positions[place] as usize;
-            let (middle, after) = (first + left_len, first + len);
-            if self.cells[first].token != pair.0 || self.cells[middle].token != pair.1 {
-                continue;
+        let cells = &mut self.cells;
+        for &(position, count) in &self.live {
+            let first = position as usize;
+            let (middle, after, count) = (first + left_len, first + len, i64::from(count));
+            if cells[first].token != pair.0 || cells[middle].token != pair.1 {
+                continue; // in a run of one token, the pair before has just been merged with a part of this one
             }
-            let count = self.counts[self.cells[first].piece as usize];
             // To the left everything is merged already, to the right nothing is.
-            let left = self.cells[first - 1].token;
+            let left = cells[first - 1].token;
             if left != SEPARATOR {
                 self.left.add(left, first - self.token_len[left as usize] as usize, count);
             }
-            let right = self.cells[after].token;
+            let right = cells[after].token;
             if right != SEPARATOR {
                 self.right.add(right, first, count);
             }
-            self.cells[middle - 1].token = INSIDE;
-            self.cells[middle].token = INSIDE;
-            self.cells[first].token = new_token;
-            self.cells[after - 1].token = new_token;
+            cells[middle - 1].token = INSIDE;
+            cells[middle].token = INSIDE;
+            cells[first].token = new_token;
+            cells[after - 1].token = new_token;
         }
-        self.update_pairs(pair, new_token);
-    }
 
-    /// Adds the pairs that a merge has created, and takes away what it has taken from others.
-    fn update_pairs(&mut self, pair: Pair, new_token: u32) {
-        // Where the pair stands twice in a row, the new token came to stand before pair.0 until that was merged too.
-        let undone = self.left.of_token[new_token as usize].count;
-        for i in 0..self.left.tokens.len() {
-            let token = self.left.tokens[i];
-            let Neighbour { count, .. } = self.left.of_token[token as usize];
-            self.lose((token, pair.0), count);
-            let places = Self::allocate(&mut self.positions, &mut self.left.of_token[token as usize]);
-            self.add_pair((token, new_token), count, places);
-        }
-        for i in 0..self.right.tokens.len() {
-            let token = self.right.tokens[i];
-            let Neighbour { count, .. } = self.right.of_token[token as usize];
-            self.lose((pair.1, token), count);
-            let places = Self::allocate(&mut self.positions, &mut self.right.of_token[token as usize]);
-            let count = if token == pair.0 { count - undone } else { count };
-            if count > 0 {
-                self.add_pair((new_token, token), count, places);
-            }
-        }
-        for side in [&mut self.left, &mut self.right] {
-            for &(token, position) in &side.found {
-                let next_place = &mut side.of_token[token as usize].num_places;
-                self.positions[*next_place] = position;
-                *next_place += 1;
-            }
-            for token in side.tokens.drain(..) {
-                side.of_token[token as usize] = Neighbour::default();
-            }
-            side.found.clear();
-        }
-    }
-
-    /// Makes room for the places of a neighbour, whose `num_places` becomes the index of the first of them.
-    fn allocate(positions: &mut Vec<u32>, neighbour: &mut Neighbour) -> Places {
-        let start = positions.len();
-        let end = start + neighbour.num_places;
-        positions.resize(end, 0);
-        neighbour.num_places = start;
-        Places { start, end }
-    }
-
-    /// Uncounts places at which `pair` stood. The pair that is being merged is gone from the table already, and so is
-    /// one that the same merge has made and broken up again.
-    fn lose(&mut self, pair: Pair, count: i64) {
-        if let Entry::Occupied(mut entry) = self.pairs.entry(pair) {
-            entry.get_mut().count -= count;
-            if entry.get().count == 0 {
-                entry.remove();
-            }
-        }
+        let Learner { positions, queue, kept, .. } = self;
+        self.left.drain_into(positions, queue, kept, |token| (token, new_token), |token| (token, pair.0));
+        self.right.drain_into(positions, queue, kept, |token| (new_token, token), |token| (pair.1, token));
     }
 }
 
