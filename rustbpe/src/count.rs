@@ -6,7 +6,7 @@ use std::thread;
 
 use rustc_hash::{FxBuildHasher, FxHashMap};
 
-use crate::key::Key;
+use crate::key::{Key, KeyMap};
 use crate::{Error, Splitter};
 
 /// Distinct pieces with the number of times that each occurs, in no particular order.
@@ -123,13 +123,13 @@ impl CountWorker {
                 Some(key) => {
                     waiting.push(key);
                     if waiting.len() == WAITING_PIECES {
-                        waiting.drain(..).for_each(|key| table.add_key(key, 1));
+                        waiting.drain(..).for_each(|key| *table.short.entry(key) += 1);
                     }
                 }
                 None => table.add_long(&bytes[start..end], 1),
             })?;
         }
-        waiting.into_iter().for_each(|key| self.table.add_key(key, 1));
+        waiting.into_iter().for_each(|key| *self.table.short.entry(key) += 1);
         Ok(())
     }
 }
@@ -137,35 +137,23 @@ impl CountWorker {
 // ---------------------------------------------------------------------------------------------------------------------
 // The table of one thread
 
-/// Piece -> count: an open-addressing table of keys for the short pieces, at most half full, and a map for the others.
+/// Piece -> count.
+#[derive(Default)]
 struct CountTable {
-    slots: Vec<Slot>,
-    num_used: usize,
+    short: KeyMap<i64>,
     long: FxHashMap<Box<[u8]>, i64>,
 }
 
-#[derive(Clone, Default)]
-struct Slot {
-    key: Key,
-    count: i64,
-}
-
-/// A piece of a table: of its slots, or of its map.
+/// A piece of a table.
 enum Piece<'t> {
     Short(Key),
     Long(&'t [u8]),
 }
 
-impl Default for CountTable {
-    fn default() -> Self {
-        CountTable { slots: vec![Slot::default(); 1 << 12], num_used: 0, long: FxHashMap::default() }
-    }
-}
-
 impl CountTable {
     fn add(&mut self, piece: Piece, count: i64) {
         match piece {
-            Piece::Short(key) => self.add_key(key, count),
+            Piece::Short(key) => *self.short.entry(key) += count,
             Piece::Long(bytes) => self.add_long(bytes, count),
         }
     }
@@ -177,43 +165,6 @@ impl CountTable {
             None => {
                 self.long.insert(piece.into(), count);
             }
-        }
-    }
-
-    #[inline]
-    fn add_key(&mut self, key: Key, count: i64) {
-        let mut place = self.first_place(key);
-        loop {
-            let slot = &mut self.slots[place];
-            if slot.key == key {
-                slot.count += count;
-                return;
-            }
-            if slot.key.is_empty() {
-                *slot = Slot { key, count };
-                self.num_used += 1;
-                if 2 * self.num_used > self.slots.len() {
-                    self.grow();
-                }
-                return;
-            }
-            place = (place + 1) & (self.slots.len() - 1);
-        }
-    }
-
-    /// The number of slots is a power of two.
-    #[inline]
-    fn first_place(&self, key: Key) -> usize {
-        (key.hash() >> (64 - self.slots.len().trailing_zeros())) as usize
-    }
-
-    #[cold]
-    fn grow(&mut self) {
-        let larger = vec![Slot::default(); 2 * self.slots.len()];
-        let smaller = std::mem::replace(&mut self.slots, larger);
-        self.num_used = 0;
-        for slot in smaller.into_iter().filter(|slot| !slot.key.is_empty()) {
-            self.add_key(slot.key, slot.count);
         }
     }
 
@@ -234,9 +185,9 @@ impl CountTable {
     /// One of `num_shares` parts of the pieces, with their counts; a piece is in the same part in every table.
     fn pieces(&self, share: usize, num_shares: usize) -> impl Iterator<Item = (Piece<'_>, i64)> {
         let is_in_share = move |hash: u64| (hash as u32 as usize) % num_shares == share;
-        let short = self.slots.iter().filter(move |slot| !slot.key.is_empty() && is_in_share(slot.key.hash()));
+        let short = self.short.iter().filter(move |(key, _)| is_in_share(key.hash()));
         let long = self.long.iter().filter(move |(piece, _)| is_in_share(FxBuildHasher.hash_one(piece)));
-        let short = short.map(|slot| (Piece::Short(slot.key), slot.count));
+        let short = short.map(|(key, count)| (Piece::Short(key), count));
         short.chain(long.map(|(piece, &count)| (Piece::Long(piece), count)))
     }
 }

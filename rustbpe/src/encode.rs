@@ -13,7 +13,7 @@ use std::{cmp::Reverse, mem};
 
 use rustc_hash::FxHashMap;
 
-use crate::key::Key;
+use crate::key::{Key, KeyMap};
 use crate::{Error, NUM_BYTES, Pair, Splitter};
 
 /// No token.
@@ -31,7 +31,7 @@ pub struct Encoder {
     splitter: Splitter,
     tokens: Vec<Box<[u8]>>,
     special: FxHashMap<u32, Box<[u8]>>,
-    token_ids: FxHashMap<Box<[u8]>, u32>,
+    token_ids: TokenIds,
     byte_ids: [u32; NUM_BYTES as usize],
     pairs: PairTable,
     /// What threads that are done leave for the next ones.
@@ -52,19 +52,19 @@ impl Encoder {
     /// the tokens are all single bytes; no two tokens and no two ids are equal.
     pub fn new(splitter: Splitter, tokens: Vec<Box<[u8]>>, special: Vec<(u32, Box<[u8]>)>) -> Result<Self, Error> {
         let bad = |reason: String| Err(Error::Vocabulary { reason });
-        let mut token_ids = FxHashMap::default();
+        let mut token_ids = TokenIds::default();
         for (token, id) in tokens.iter().zip(0..) {
             if token.is_empty() {
                 return bad(format!("token {id} is empty"));
             }
-            if let Some(other) = token_ids.insert(token.clone(), id) {
+            if let Some(other) = token_ids.insert(token, id) {
                 return bad(format!("tokens {other} and {id} are equal"));
             }
         }
         let mut byte_ids = [NONE; NUM_BYTES as usize];
         for (id, byte) in byte_ids.iter_mut().zip(0..=u8::MAX) {
-            match token_ids.get(&[byte][..]) {
-                Some(&found) => *id = found,
+            match token_ids.get(&[byte]) {
+                Some(found) => *id = found,
                 None => return bad(format!("there is no token for the byte {byte}")),
             }
         }
@@ -195,13 +195,13 @@ impl Encoder {
         let bytes = text.as_bytes();
         splitter.for_each_piece(text, |start, end| match Key::new(bytes, start, end) {
             Some(key) => {
-                let memory = &mut scratch.memory[(key.hash() >> (64 - MEMORY_BITS)) as usize];
-                if memory.key == key {
-                    memory.append_to(ids);
+                let place = &mut scratch.memory[(key.hash() >> (64 - MEMORY_BITS)) as usize];
+                if let Some(remembered) = place.find(key) {
+                    remembered.append_to(ids);
                 } else {
                     let piece_ids = self.encode_piece(&bytes[start..end], &mut scratch.merging);
                     if let Some(remembered) = Remembered::new(key, piece_ids) {
-                        *memory = remembered;
+                        place.put(remembered);
                     }
                     ids.extend(piece_ids.iter().map(|&id| T::from_u32(id)));
                 }
@@ -216,7 +216,7 @@ impl Encoder {
     /// The ids of one piece, which stay in `merging` until the next call.
     fn encode_piece<'m>(&self, piece: &[u8], merging: &'m mut Merging) -> &'m [u32] {
         merging.ids.clear();
-        if let Some(&id) = self.token_ids.get(piece) {
+        if let Some(id) = self.token_ids.get(piece) {
             merging.ids.push(id);
         } else if piece.len() <= SCAN_BYTES {
             merging.merge_by_scans(piece, &self.byte_ids, &self.pairs);
@@ -308,6 +308,34 @@ fn cut_into_blocks<S: AsRef<str>>(texts: &[S]) -> Vec<(usize, usize)> {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Which bytes are a token
+
+/// The bytes of a token -> its id.
+#[derive(Default)]
+struct TokenIds {
+    short: KeyMap<Option<u32>>,
+    long: FxHashMap<Box<[u8]>, u32>,
+}
+
+impl TokenIds {
+    #[inline]
+    fn get(&self, token: &[u8]) -> Option<u32> {
+        match Key::new(token, 0, token.len()) {
+            Some(key) => self.short.get(key).flatten(),
+            None => self.long.get(token).copied(),
+        }
+    }
+
+    /// The id that the token had before, if any.
+    fn insert(&mut self, token: &[u8], id: u32) -> Option<u32> {
+        match Key::new(token, 0, token.len()) {
+            Some(key) => self.short.entry(key).replace(id),
+            None => self.long.insert(token.into(), id),
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Which pairs make which token
 
 /// (left, right) -> the token that they make.
@@ -326,7 +354,7 @@ impl PairTable {
     /// that is so for every token, no other two parts ever come to stand side by side while it can be made: a merge
     /// leaves the bytes of a later token alone or works within them, and there it does what it does in the token alone.
     /// So one pair a token is all that is needed. Where it is not so, every cut of a token into two tokens is a pair.
-    fn new(tokens: &[Box<[u8]>], token_ids: &FxHashMap<Box<[u8]>, u32>, byte_ids: &[u32; 256]) -> Self {
+    fn new(tokens: &[Box<[u8]>], token_ids: &TokenIds, byte_ids: &[u32; 256]) -> Self {
         let mut table = PairTable {
             of_bytes: vec![NONE; 1 << 16],
             of_tokens: FxHashMap::with_capacity_and_hasher(tokens.len(), Default::default()),
@@ -351,7 +379,7 @@ impl PairTable {
         table
     }
 
-    fn with_all_cuts(tokens: &[Box<[u8]>], token_ids: &FxHashMap<Box<[u8]>, u32>) -> Self {
+    fn with_all_cuts(tokens: &[Box<[u8]>], token_ids: &TokenIds) -> Self {
         let mut table = PairTable {
             of_bytes: vec![NONE; 1 << 16],
             of_tokens: FxHashMap::default(),
@@ -361,7 +389,7 @@ impl PairTable {
         for (token, id) in tokens.iter().zip(0..) {
             for cut in 1..token.len() {
                 let (left, right) = token.split_at(cut);
-                if let (Some(&left_id), Some(&right_id)) = (token_ids.get(left), token_ids.get(right)) {
+                if let (Some(left_id), Some(right_id)) = (token_ids.get(left), token_ids.get(right)) {
                     table.add((left, left_id), (right, right_id), id);
                 }
             }
@@ -392,8 +420,8 @@ impl PairTable {
 
 /// What a thread works with; all of it can be used again for any text.
 struct Scratch {
-    /// A piece has one place, by its hash.
-    memory: Vec<Remembered>,
+    /// Pieces, by their hashes.
+    memory: Vec<Place>,
     merging: Merging,
 }
 
@@ -402,7 +430,25 @@ const MEMORY_BITS: u32 = 15;
 impl Scratch {
     fn new() -> Self {
         let nothing = Remembered { key: Key::default(), ids: [NONE; 4] };
-        Scratch { memory: vec![nothing; 1 << MEMORY_BITS], merging: Merging::default() }
+        let place = Place([nothing.clone(), nothing]);
+        Scratch { memory: vec![place; 1 << MEMORY_BITS], merging: Merging::default() }
+    }
+}
+
+/// Two pieces, the newer one first: what the processor's cache loads at once.
+#[derive(Clone)]
+#[repr(align(64))]
+struct Place([Remembered; 2]);
+
+impl Place {
+    #[inline]
+    fn find(&self, key: Key) -> Option<&Remembered> {
+        self.0.iter().find(|remembered| remembered.key == key)
+    }
+
+    fn put(&mut self, remembered: Remembered) {
+        self.0.swap(0, 1);
+        self.0[0] = remembered;
     }
 }
 
@@ -440,8 +486,8 @@ impl Remembered {
 #[derive(Default)]
 struct Merging {
     ids: Vec<u32>,
-    /// merge_by_scans: what each token makes with the one after it.
-    made: Vec<u32>,
+    /// merge_by_scans: what each token makes with the one after it, and the token.
+    parts: Vec<(u32, u32)>,
     list: TokenList,
     buckets: Buckets,
 }
@@ -449,22 +495,28 @@ struct Merging {
 impl Merging {
     /// Looks through all pairs for each merge: the quickest way for a few dozen bytes.
     fn merge_by_scans(&mut self, piece: &[u8], byte_ids: &[u32; 256], pairs: &PairTable) {
-        let (tokens, made) = (&mut self.ids, &mut self.made);
-        tokens.extend(piece.iter().map(|&byte| byte_ids[usize::from(byte)]));
-        made.clear();
-        made.extend(piece.windows(2).map(|bytes| pairs.of_bytes(bytes[0], bytes[1])));
-        while let Some(&smallest) = made.iter().min().filter(|&&smallest| smallest != NONE) {
-            let at = made.iter().position(|&id| id == smallest).expect("it was there");
-            tokens[at] = smallest;
-            tokens.remove(at + 1);
-            made.remove(at);
-            if at < made.len() {
-                made[at] = pairs.get(smallest, tokens[at + 1]);
+        let parts = &mut self.parts;
+        parts.clear();
+        parts.extend(piece.windows(2).map(|two| (pairs.of_bytes(two[0], two[1]), byte_ids[usize::from(two[0])])));
+        parts.push((NONE, byte_ids[usize::from(piece[piece.len() - 1])]));
+        loop {
+            let (mut at, mut smallest) = (0, NONE);
+            for (i, &(made, _)) in parts.iter().enumerate() {
+                if made < smallest {
+                    (at, smallest) = (i, made);
+                }
             }
+            if smallest == NONE {
+                break;
+            }
+            parts.remove(at + 1);
+            let made = parts.get(at + 1).map_or(NONE, |&(_, after)| pairs.get(smallest, after));
+            parts[at] = (made, smallest);
             if at > 0 {
-                made[at - 1] = pairs.get(tokens[at - 1], smallest);
+                parts[at - 1].0 = pairs.get(parts[at - 1].1, smallest);
             }
         }
+        self.ids.extend(parts.iter().map(|&(_, token)| token));
     }
 
     /// Takes the tokens to be made in the order of their ids: no merge ever makes one that comes before its own, so

@@ -50,6 +50,62 @@ impl Key {
     }
 }
 
+/// Key -> value: open addressing, at most half full.
+pub(crate) struct KeyMap<V> {
+    slots: Vec<(Key, V)>,
+    num_used: usize,
+}
+
+impl<V: Copy + Default> Default for KeyMap<V> {
+    fn default() -> Self {
+        KeyMap { slots: vec![Default::default(); 1 << 10], num_used: 0 }
+    }
+}
+
+impl<V: Copy + Default> KeyMap<V> {
+    #[inline]
+    pub(crate) fn get(&self, key: Key) -> Option<V> {
+        let (found, value) = self.slots[self.place(key)];
+        (found == key).then_some(value)
+    }
+
+    /// The value of `key`, which is there afterwards.
+    #[inline]
+    pub(crate) fn entry(&mut self, key: Key) -> &mut V {
+        let mut place = self.place(key);
+        if self.slots[place].0.is_empty() {
+            if 2 * self.num_used >= self.slots.len() {
+                self.grow();
+                place = self.place(key);
+            }
+            self.slots[place].0 = key;
+            self.num_used += 1;
+        }
+        &mut self.slots[place].1
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (Key, V)> {
+        self.slots.iter().copied().filter(|(key, _)| !key.is_empty())
+    }
+
+    /// Where `key` is, or else the empty slot in which it would be. The number of slots is a power of two.
+    #[inline]
+    fn place(&self, key: Key) -> usize {
+        let mut place = (key.hash() >> (64 - self.slots.len().trailing_zeros())) as usize;
+        while self.slots[place].0 != key && !self.slots[place].0.is_empty() {
+            place = (place + 1) & (self.slots.len() - 1);
+        }
+        place
+    }
+
+    #[cold]
+    fn grow(&mut self) {
+        let larger = KeyMap { slots: vec![Default::default(); 2 * self.slots.len()], num_used: 0 };
+        let smaller = std::mem::replace(self, larger);
+        smaller.iter().for_each(|(key, value)| *self.entry(key) = value);
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 
 #[cfg(test)]
@@ -70,5 +126,18 @@ mod tests {
         }
         assert_eq!(Key::new(&[0; 16], 0, 16), None);
         assert_ne!(Key::new(&[0; 16], 0, 2), Key::new(&[0; 16], 0, 3));
+    }
+
+    #[test]
+    fn a_map_finds_what_was_put_in() {
+        let keys: Vec<Key> = (0..5000_u32).map(|i| Key::new(&i.to_le_bytes(), 0, 4).unwrap()).collect();
+        let mut map = KeyMap::default();
+        for (&key, value) in keys.iter().zip(0..) {
+            assert_eq!(map.get(key), None);
+            *map.entry(key) = value;
+            *map.entry(key) += 1;
+        }
+        assert!(keys.iter().zip(0..).all(|(&key, value)| map.get(key) == Some(value + 1)));
+        assert_eq!(map.iter().count(), keys.len());
     }
 }
