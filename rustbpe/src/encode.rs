@@ -193,24 +193,43 @@ impl Encoder {
         ids: &mut Vec<T>,
     ) -> Result<(), Error> {
         let bytes = text.as_bytes();
+        scratch.waiting.clear();
         splitter.for_each_piece(text, |start, end| match Key::new(bytes, start, end) {
             Some(key) => {
-                let place = &mut scratch.memory[(key.hash() >> (64 - MEMORY_BITS)) as usize];
-                if let Some(remembered) = place.find(key) {
-                    remembered.append_to(ids);
-                } else {
-                    let piece_ids = self.encode_piece(&bytes[start..end], &mut scratch.merging);
-                    if let Some(remembered) = Remembered::new(key, piece_ids) {
-                        place.put(remembered);
-                    }
-                    ids.extend(piece_ids.iter().map(|&id| T::from_u32(id)));
+                scratch.waiting.push((key, start));
+                if scratch.waiting.len() == WAITING_PIECES {
+                    self.append_waiting(bytes, scratch, ids);
                 }
             }
             None => {
+                self.append_waiting(bytes, scratch, ids);
                 let piece_ids = self.encode_piece(&bytes[start..end], &mut scratch.merging);
                 ids.extend(piece_ids.iter().map(|&id| T::from_u32(id)));
             }
-        })
+        })?;
+        self.append_waiting(bytes, scratch, ids);
+        Ok(())
+    }
+
+    /// Appends the ids of the pieces that wait.
+    fn append_waiting<T: Id>(&self, text: &[u8], scratch: &mut Scratch, ids: &mut Vec<T>) {
+        let Scratch { memory, waiting, merging } = scratch;
+        // The processor loads the places of all of them at the same time, where it would else wait for each.
+        let loaded = waiting.iter().fold(0, |sum: u32, &(key, _)| sum.wrapping_add(memory[place_of(key)].0[0].ids[0]));
+        std::hint::black_box(loaded);
+        for &(key, start) in &*waiting {
+            let place = &mut memory[place_of(key)];
+            if let Some(remembered) = place.find(key) {
+                remembered.append_to(ids);
+            } else {
+                let piece_ids = self.encode_piece(&text[start..start + key.len()], merging);
+                if let Some(remembered) = Remembered::new(key, piece_ids) {
+                    place.put(remembered);
+                }
+                ids.extend(piece_ids.iter().map(|&id| T::from_u32(id)));
+            }
+        }
+        waiting.clear();
     }
 
     /// The ids of one piece, which stay in `merging` until the next call.
@@ -422,8 +441,13 @@ impl PairTable {
 struct Scratch {
     /// Pieces, by their hashes.
     memory: Vec<Place>,
+    /// Short pieces, and where they start in the text.
+    waiting: Vec<(Key, usize)>,
     merging: Merging,
 }
+
+/// So many short pieces are found before their ids are looked up.
+const WAITING_PIECES: usize = 64;
 
 const MEMORY_BITS: u32 = 15;
 
@@ -431,8 +455,14 @@ impl Scratch {
     fn new() -> Self {
         let nothing = Remembered { key: Key::default(), ids: [NONE; 4] };
         let place = Place([nothing.clone(), nothing]);
-        Scratch { memory: vec![place; 1 << MEMORY_BITS], merging: Merging::default() }
+        Scratch { memory: vec![place; 1 << MEMORY_BITS], waiting: Vec::new(), merging: Merging::default() }
     }
+}
+
+/// The place in the memory where a piece would be.
+#[inline]
+fn place_of(key: Key) -> usize {
+    (key.hash() >> (64 - MEMORY_BITS)) as usize
 }
 
 /// Two pieces, the newer one first: what the processor's cache loads at once.

@@ -38,7 +38,13 @@ impl Key {
     /// The piece: the first bytes of the array, and their number.
     pub(crate) fn bytes(self) -> ([u8; 16], usize) {
         let value = u128::from(self.0[1]) << 64 | u128::from(self.0[0]);
-        (value.to_le_bytes(), (value >> 120) as usize)
+        (value.to_le_bytes(), self.len())
+    }
+
+    /// The number of bytes.
+    #[inline]
+    pub(crate) fn len(self) -> usize {
+        (self.0[1] >> 56) as usize
     }
 
     /// A hash of which all bits are good.
