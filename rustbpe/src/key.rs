@@ -75,6 +75,12 @@ impl<V: Copy + Default> KeyMap<V> {
         (found == key).then_some(value)
     }
 
+    /// Whether `key` is at the first place at which it can be.
+    #[inline]
+    pub(crate) fn starts_with(&self, key: Key) -> bool {
+        self.slots[self.first_place(key)].0 == key
+    }
+
     /// The value of `key`, which is there afterwards.
     #[inline]
     pub(crate) fn entry(&mut self, key: Key) -> &mut V {
@@ -94,10 +100,16 @@ impl<V: Copy + Default> KeyMap<V> {
         self.slots.iter().copied().filter(|(key, _)| !key.is_empty())
     }
 
-    /// Where `key` is, or else the empty slot in which it would be. The number of slots is a power of two.
+    /// The number of slots is a power of two.
+    #[inline]
+    fn first_place(&self, key: Key) -> usize {
+        (key.hash() >> (64 - self.slots.len().trailing_zeros())) as usize
+    }
+
+    /// Where `key` is, or else the empty slot in which it would be.
     #[inline]
     fn place(&self, key: Key) -> usize {
-        let mut place = (key.hash() >> (64 - self.slots.len().trailing_zeros())) as usize;
+        let mut place = self.first_place(key);
         while self.slots[place].0 != key && !self.slots[place].0.is_empty() {
             place = (place + 1) & (self.slots.len() - 1);
         }
