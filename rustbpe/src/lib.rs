@@ -11,6 +11,7 @@
 //! | `count` | texts -> how often each distinct piece occurs                 | [`PieceCounter`]                    |
 //! | `train` | those counts -> the merges                                    | [`learn_merges`]                    |
 //! | `encode`| a vocabulary: ids from texts, and texts from ids              | [`Encoder`]                         |
+//! | `merge` | the tokens of one piece, for `encode`                          |                                     |
 //! | `json`  | a vocabulary from a `tokenizer.json`                          | [`read_tokenizer_json`]             |
 //! | `key`   | short pieces as two machine words, for the tables of the rest |                                     |
 //! | `py`    | the Python module, behind the feature `python`                |                                     |
@@ -25,6 +26,7 @@ mod count;
 mod encode;
 mod json;
 mod key;
+mod merge;
 #[cfg(feature = "python")]
 mod py;
 mod split;
