@@ -3,11 +3,14 @@ The Rust tokenizer against independent implementations: a plain Python one, `tok
 behaves as a Python module: threads, signals, references, errors.
 """
 
+import ast
 import gc
+import inspect
 import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -585,3 +588,29 @@ def test_exceptions_pass_through_and_leave_the_tokenizer_as_it_was(place: str):
     with pytest.raises(Interrupted):
         tokenizer.train_from_iterator(texts(), 280, 1, TWO_DIGITS_PATTERN, progress=progress)
     assert (tokenizer.get_mergeable_ranks(), tokenizer.get_pattern()) == (before, DEFAULT_PATTERN)
+
+
+# As a package
+
+
+def test_the_example_in_the_readme_runs():
+    readme = (Path(__file__).parent.parent / "rustbpe" / "README.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], {})
+
+
+def test_the_type_stubs_are_those_of_the_module():
+    stub = ast.parse((Path(__file__).parent.parent / "rustbpe" / "rustbpe.pyi").read_text(encoding="utf-8"))
+    (tokenizer_class,) = [node for node in stub.body if isinstance(node, ast.ClassDef)]
+    methods = {node.name: node.args for node in tokenizer_class.body if isinstance(node, ast.FunctionDef)}
+    public = {name for name in dir(rustbpe.Tokenizer) if not name.startswith("_")}
+    assert methods.keys() - {"__init__"} == public
+    for name in public - {"vocab_size"}:
+        args = methods[name]
+        parameters = inspect.signature(getattr(rustbpe.Tokenizer, name)).parameters.values()
+        found = [(p.name, p.kind is p.KEYWORD_ONLY, p.default is not p.empty) for p in parameters]
+        num_required = len(args.args) - len(args.defaults)
+        expected = [(arg.arg, False, i >= num_required) for i, arg in enumerate(args.args)]
+        expected += [
+            (arg.arg, True, default is not None) for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True)
+        ]
+        assert [p for p in found if p[0] != "self"] == [p for p in expected if p[0] not in ("self", "cls")], name

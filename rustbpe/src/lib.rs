@@ -5,16 +5,16 @@
 //! and over; encoding applies those merges to a piece in the order in which they were learned (Sennrich et al.,
 //! <https://arxiv.org/abs/1508.07909>, on bytes as in GPT-2).
 //!
-//! | module  | what                                                          |                                     |
-//! |---------|---------------------------------------------------------------|-------------------------------------|
-//! | `split` | a text -> its pieces                                          | [`Splitter`]                        |
-//! | `count` | texts -> how often each distinct piece occurs                 | [`PieceCounter`]                    |
-//! | `train` | those counts -> the merges                                    | [`learn_merges`]                    |
-//! | `encode`| a vocabulary: ids from texts, and texts from ids              | [`Encoder`]                         |
-//! | `merge` | the tokens of one piece, for `encode`                          |                                     |
-//! | `json`  | a vocabulary from a `tokenizer.json`                          | [`read_tokenizer_json`]             |
-//! | `key`   | short pieces as two machine words, for the tables of the rest |                                     |
-//! | `py`    | the Python module, behind the feature `python`                |                                     |
+//! | module   | what                                                          |                         |
+//! |----------|---------------------------------------------------------------|-------------------------|
+//! | `split`  | a text -> its pieces                                          | [`Splitter`]            |
+//! | `count`  | texts -> how often each distinct piece occurs                 | [`PieceCounter`]        |
+//! | `train`  | those counts -> the merges                                    | [`learn_merges`]        |
+//! | `encode` | a vocabulary: ids from texts, and texts from ids              | [`Encoder`]             |
+//! | `merge`  | the tokens of one piece, for `encode`                         |                         |
+//! | `json`   | a vocabulary from a `tokenizer.json`                          | [`read_tokenizer_json`] |
+//! | `key`    | short pieces as two machine words, for the tables of the rest |                         |
+//! | `py`     | the Python module, behind the feature `python`                |                         |
 //!
 //! The result of training depends on the texts, the pattern and the vocabulary size alone: neither on the order of the
 //! texts nor on the number of threads. Normalisation is left to the caller.
