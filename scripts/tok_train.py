@@ -35,18 +35,23 @@ class Config:
 
 
 class TrainProgress:
-    """Shows how far training is, and keeps the number of bytes that it has read."""
+    """Shows how far training is, and keeps the number of bytes that it has read and the seconds of its phases."""
 
     def __init__(self, num_documents: int):
         self.text_bytes = 0
+        self.start = time.perf_counter()
+        self.count_seconds = 0.0
+        self.merge_seconds = 0.0
         self.reading = Progress(num_documents, "read", unit="documents")
         self.merging: Progress | None = None
 
     def __call__(self, phase: str, done: int, total: int | None) -> None:
         """What RustBPETokenizer.train_from_iterator calls now and then."""
+        seconds = time.perf_counter() - self.start
         if phase == "count":
-            self.text_bytes = done
+            self.text_bytes, self.count_seconds = done, seconds
             return
+        self.merge_seconds = seconds - self.count_seconds
         if self.merging is None:
             self.reading.close()
             self.merging = Progress(total or 0, "merge", unit="merges")
@@ -66,13 +71,30 @@ def capped_documents(documents: Iterable[str], max_chars: int, doc_cap: int) -> 
             return
 
 
-def counted(documents: Iterable[str], counts: dict[str, int], progress: Progress) -> Iterator[str]:
-    """The same documents, counted in counts["documents"] and counts["characters"] as they pass."""
+@dataclass
+class Reading:
+    """What has passed through `measured`."""
+
+    documents: int = 0
+    characters: int = 0
+    seconds: float = 0.0  # until the documents were there
+
+
+def measured(documents: Iterable[str], reading: Reading, progress: Progress) -> Iterator[str]:
+    """The same documents, with what is counted and timed of them in reading as they pass."""
+    start = time.perf_counter()
     for document in documents:
-        counts["documents"] += 1
-        counts["characters"] += len(document)
+        reading.seconds += time.perf_counter() - start
+        reading.documents += 1
+        reading.characters += len(document)
         progress.update()
         yield document
+        start = time.perf_counter()
+
+
+def megabytes_per_second(text_bytes: int, seconds: float) -> float:
+    """MB/s, rounded; 0 where it took no time."""
+    return round(text_bytes / 1e6 / seconds, 2) if seconds else 0.0
 
 
 def check_round_trip(tokenizer: RustBPETokenizer) -> None:
@@ -109,8 +131,8 @@ def main(config: Config) -> None:
     groups = row_groups(files)
     documents = (document for group in groups for document in read_row_group(group.path, group.index))
     progress = TrainProgress(sum(group.num_rows for group in groups))
-    counts = {"documents": 0, "characters": 0}
-    texts = counted(capped_documents(documents, config.max_chars, config.doc_cap), counts, progress.reading)
+    reading = Reading()
+    texts = measured(capped_documents(documents, config.max_chars, config.doc_cap), reading, progress.reading)
     print0(f"training a tokenizer of {config.vocab_size:,} tokens on {len(files)} shards")
 
     # Train
@@ -124,11 +146,16 @@ def main(config: Config) -> None:
     check_round_trip(RustBPETokenizer.from_directory(folder))
     ordinary = lengths[lengths > 0].double()  # without the special tokens
     results = {
-        "documents": counts["documents"],
-        "characters": counts["characters"],
+        "documents": reading.documents,
+        "characters": reading.characters,
         "shards": len(files),
         "train_time_seconds": round(seconds, 2),
-        "train_megabytes_per_second": round(progress.text_bytes / 1e6 / seconds, 2),
+        "train_megabytes_per_second": megabytes_per_second(progress.text_bytes, seconds),
+        # Reading is the time in which the documents were waited for; other threads count meanwhile, so that the phase
+        # of counting takes as long as the slower of the two.
+        "read_megabytes_per_second": megabytes_per_second(progress.text_bytes, reading.seconds),
+        "count_megabytes_per_second": megabytes_per_second(progress.text_bytes, progress.count_seconds),
+        "merge_megabytes_per_second": megabytes_per_second(progress.text_bytes, progress.merge_seconds),
         "num_special_tokens": len(tokenizer.get_special_tokens()),
         "token_bytes_min": int(ordinary.min()),
         "token_bytes_max": int(ordinary.max()),
@@ -138,8 +165,10 @@ def main(config: Config) -> None:
     }
     get_report().log("tok_train", [config, results])
     print0(
-        f"read {counts['documents']:,} documents, {progress.text_bytes / 1e6:,.1f} MB, in {format_seconds(seconds)} "
-        f"({results['train_megabytes_per_second']} MB/s); wrote {folder / 'tokenizer.json'}"
+        f"trained on {reading.documents:,} documents, {progress.text_bytes / 1e6:,.1f} MB, in {format_seconds(seconds)}"
+        f": {results['train_megabytes_per_second']} MB/s (reading {results['read_megabytes_per_second']}, reading and "
+        f"counting {results['count_megabytes_per_second']}, merging {results['merge_megabytes_per_second']}); "
+        f"wrote {folder / 'tokenizer.json'}"
     )
 
 

@@ -3,19 +3,25 @@ The Rust tokenizer against independent implementations: a plain Python one, `tok
 behaves as a Python module: threads, signals, references, errors.
 """
 
+import ast
 import gc
+import inspect
 import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import regex
 import tiktoken
@@ -24,6 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rustbpe
+from nanochat.tokenizer import make_definition
 
 DEFAULT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -251,6 +258,124 @@ def test_a_batch_is_its_texts(tokenizer: rustbpe.Tokenizer):
     assert tokenizer.batch_encode([]) == []
 
 
+def test_a_batch_in_arrays_is_its_texts(tokenizer: rustbpe.Tokenizer):
+    texts = [ENGLISH, "", UNICODE, *random_texts(random.Random(3), "the  \n'sé1", num_texts=3000)]
+    rows = [tokenizer.encode(text) for text in texts]
+    for num_threads in (None, 1, 2, 5):
+        ids, offsets = tokenizer.encode_batch(texts, num_threads=num_threads)
+        assert (ids.dtype, offsets.dtype) == (np.uint16, np.int64)
+        assert [ids[i:j].tolist() for i, j in itertools.pairwise(offsets)] == rows
+        ids, offsets = tokenizer.encode_batch(texts, 499, num_threads)
+        assert [ids[i:j].tolist() for i, j in itertools.pairwise(offsets)] == [[499, *row] for row in rows]
+    ids, offsets = tokenizer.encode_batch([])
+    assert (ids.tolist(), offsets.tolist()) == ([], [0])
+    ids[:] = 0  # arrays that can be written to, and that nothing else holds
+    for num_threads in (0, -1):
+        with pytest.raises(ValueError, match="num_threads must be at least 1"):
+            tokenizer.encode_batch(texts, num_threads=num_threads)
+
+
+def test_ids_in_arrays_are_wide_enough():
+    bytes_only = {bytes([i]): i for i in range(256)}
+    for largest, dtype in ((65_535, np.uint16), (65_536, np.uint32)):
+        with_special = rustbpe.Tokenizer.from_ranks(bytes_only, special_tokens={"<|bos|>": largest})
+        assert with_special.encode_batch(["a"])[0].dtype == dtype
+        ids, _ = rustbpe.Tokenizer().encode_batch(["a"], bos=largest)
+        assert (ids.dtype, ids.tolist()) == (dtype, [largest, 97])
+
+
+def test_a_tokenizer_is_built_from_ranks_or_a_file(tokenizer: rustbpe.Tokenizer, tmp_path: Path):
+    ranks, pattern = dict(tokenizer.get_mergeable_ranks()), tokenizer.get_pattern()
+    special = {"<|bos|>": 500, "<|é|>": 501}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(make_definition(pattern, ranks, special)), encoding="utf-8")
+    texts = [ENGLISH, UNICODE, SPECIAL_LOOKING, *random_texts(random.Random(4), "the é<|bos>", num_texts=300)]
+    for built in (rustbpe.Tokenizer.from_ranks(ranks, pattern, special), rustbpe.Tokenizer.from_file(path)):
+        assert (built.get_mergeable_ranks(), built.get_pattern()) == (tokenizer.get_mergeable_ranks(), pattern)
+        assert [built.encode_ordinary(text) for text in texts] == [tokenizer.encode(text) for text in texts]
+        assert built.vocab_size == 500
+        assert built.decode([501, 65]) == "<|é|>A"
+        assert built.decode_bytes([500, 0xC3]) == b"<|bos|>\xc3"
+
+
+def test_any_ranks_encode_as_in_tiktoken():
+    """Ranks that nobody has learned: tokens before their parts, tokens that no merge makes, bytes in another order."""
+    rng = random.Random(5)
+    for _ in range(40):
+        tokens = {"".join(rng.choices("abc", k=rng.randint(2, 6))).encode() for _ in range(30)}
+        order = [*sorted(tokens), *(bytes([i]) for i in range(256))]
+        rng.shuffle(order)
+        ranks = {token: rank for rank, token in enumerate(order)}
+        ours = rustbpe.Tokenizer.from_ranks(ranks, r"(?s).+")
+        theirs = tiktoken.Encoding("test", pat_str=r"(?s).+", mergeable_ranks=ranks, special_tokens={})
+        for length in (1, 5, 20, 90, 400, 1500):
+            text = "".join(rng.choices("abc", k=length))
+            assert ours.encode(text) == theirs.encode_ordinary(text)
+
+
+def test_what_is_no_vocabulary_is_a_value_error(tmp_path: Path):
+    ranks = {bytes([i]): i for i in range(256)}
+    for bad in ({}, {**ranks, b"ab": 300}, {**ranks, b"ab": 255}, {**ranks, b"a": 256}, {**ranks, b"ab": -1}):
+        with pytest.raises(ValueError):
+            rustbpe.Tokenizer.from_ranks(bad)
+    with pytest.raises(ValueError, match="an id of a special token is taken"):
+        rustbpe.Tokenizer.from_ranks(ranks, special_tokens={"<|bos|>": 255})
+    with pytest.raises(TypeError):
+        rustbpe.Tokenizer.from_ranks({**ranks, "ab": 256})
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(FileNotFoundError):
+        rustbpe.Tokenizer.from_file(path)
+    for text in ("", "{}", json.dumps({"model": {"type": "Unigram"}})):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="not a vocabulary"):
+            rustbpe.Tokenizer.from_file(path)
+
+
+def scanner_texts(rng: random.Random, count: int) -> Iterator[str]:
+    """Short texts of random Unicode, most of it where the pattern's classes meet."""
+    boundary = "aZsſK'’sdmtlvreLVRE019²Ⅷ٣字ी\u0301    \u0085\u00a0\u3000\u200b\u180e\u2028\t\r\n\n\x0b.!-_🙂\0"
+    for _ in range(count):
+        length = rng.randint(0, 24)
+        yield "".join(
+            rng.choice(boundary) if rng.random() < 0.9 else chr(rng.choice(SETTLED_CODE_POINTS)) for _ in range(length)
+        )
+
+
+# The splitter and Python's regex may know different versions of Unicode: only what both know is compared.
+SETTLED_CODE_POINTS = [i for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
+
+
+def test_the_splitter_agrees_with_python_regular_expressions():
+    """RUSTBPE_CASES sets the number of texts for a long run; cargo test compares with fancy-regex in the same way."""
+    words = {bytes([i]): i for i in range(256)}
+    rng = random.Random(int(os.environ.get("RUSTBPE_SEED", "0")))
+    for digits in (1, 2, 3):
+        pattern = DEFAULT_PATTERN.replace("{1,3}", f"{{1,{digits}}}")
+        compiled = regex.compile(pattern)
+        for text in scanner_texts(rng, int(os.environ.get("RUSTBPE_CASES", "2000"))):
+            # With ranks for whole pieces, ids show where the pieces are.
+            pieces = [piece.encode("utf-8") for piece in compiled.findall(text)]
+            ranks = words | {piece: 256 + i for i, piece in enumerate(dict.fromkeys(p for p in pieces if len(p) > 1))}
+            ids = rustbpe.Tokenizer.from_ranks(ranks, pattern).encode(text)
+            assert ids == [ranks[piece] for piece in pieces], ascii(text)
+
+
+@pytest.mark.parametrize("alphabet", ["a", "ab", "abcdefgh", "的一是不", "!?", " \t", "\n\r", "0123"])
+def test_the_time_for_a_long_piece_is_linear(tokenizer: rustbpe.Tokenizer, alphabet: str):
+    rng = random.Random(6)
+    text = "".join(rng.choices(alphabet, k=800_000))
+
+    def seconds(characters: int) -> float:
+        times = []
+        for _ in range(3):
+            start = time.thread_time()
+            tokenizer.encode(text[:characters])
+            times.append(time.thread_time() - start)
+        return min(times)
+
+    assert seconds(800_000) < 40 * seconds(100_000) + 0.01  # eight times as much; n log n in the worst cache weather
+
+
 @given(st.lists(st.integers(0, 499), max_size=20))
 def test_decoding_replaces_what_is_no_utf8_as_python_does(tokenizer: rustbpe.Tokenizer, ids: list[int]):
     tokens = [token for token, _ in tokenizer.get_mergeable_ranks()]
@@ -379,6 +504,7 @@ def test_no_reference_is_leaked_or_lost(tokenizer: rustbpe.Tokenizer):
     def use() -> None:
         tokenizer.encode(text)
         tokenizer.batch_encode(texts)
+        tokenizer.encode_batch(texts)
         tokenizer.get_mergeable_ranks()
         own.train_from_iterator(iter(texts), 258, 2, pattern, progress=progress)
         for bad_call in (lambda: tokenizer.decode(ids), lambda: tokenizer.encode(text_of_errors)):
@@ -426,10 +552,15 @@ def test_items_that_are_no_text_are_type_errors():
         rustbpe.Tokenizer().train_from_iterator(3, 300)
     with pytest.raises(TypeError):
         rustbpe.Tokenizer().batch_encode("one text instead of a list")
+    with pytest.raises(TypeError):
+        rustbpe.Tokenizer().encode_batch("one text instead of a list")
+    with pytest.raises(TypeError):
+        rustbpe.Tokenizer().encode_batch([b"bytes"])
 
 
 def test_lone_surrogates_are_value_errors(tokenizer: rustbpe.Tokenizer):
-    for use in (tokenizer.encode, lambda text: tokenizer.batch_encode([text]), lambda text: trained([text], 300)):
+    batches = (lambda text: tokenizer.batch_encode([text]), lambda text: tokenizer.encode_batch(["a", text]))
+    for use in (tokenizer.encode, *batches, lambda text: trained([text], 300)):
         with pytest.raises(ValueError, match="surrogates not allowed"):
             use("a\ud800")
 
@@ -457,3 +588,29 @@ def test_exceptions_pass_through_and_leave_the_tokenizer_as_it_was(place: str):
     with pytest.raises(Interrupted):
         tokenizer.train_from_iterator(texts(), 280, 1, TWO_DIGITS_PATTERN, progress=progress)
     assert (tokenizer.get_mergeable_ranks(), tokenizer.get_pattern()) == (before, DEFAULT_PATTERN)
+
+
+# As a package
+
+
+def test_the_example_in_the_readme_runs():
+    readme = (Path(__file__).parent.parent / "rustbpe" / "README.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], {})
+
+
+def test_the_type_stubs_are_those_of_the_module():
+    stub = ast.parse((Path(__file__).parent.parent / "rustbpe" / "rustbpe.pyi").read_text(encoding="utf-8"))
+    (tokenizer_class,) = [node for node in stub.body if isinstance(node, ast.ClassDef)]
+    methods = {node.name: node.args for node in tokenizer_class.body if isinstance(node, ast.FunctionDef)}
+    public = {name for name in dir(rustbpe.Tokenizer) if not name.startswith("_")}
+    assert methods.keys() - {"__init__"} == public
+    for name in public - {"vocab_size"}:
+        args = methods[name]
+        parameters = inspect.signature(getattr(rustbpe.Tokenizer, name)).parameters.values()
+        found = [(p.name, p.kind is p.KEYWORD_ONLY, p.default is not p.empty) for p in parameters]
+        num_required = len(args.args) - len(args.defaults)
+        expected = [(arg.arg, False, i >= num_required) for i, arg in enumerate(args.args)]
+        expected += [
+            (arg.arg, True, default is not None) for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True)
+        ]
+        assert [p for p in found if p[0] != "self"] == [p for p in expected if p[0] not in ("self", "cls")], name

@@ -137,9 +137,39 @@ def test_encode_batch_flat_equals_encode(tokenizer: RustBPETokenizer) -> None:
 def test_flat_ids_are_wide_enough_for_the_vocabulary(
     tokenizer: RustBPETokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("NANOCHAT_ENCODER", "tiktoken")  # tests/test_rustbpe.py has rustbpe's own
     for vocab_size, dtype in ((65_536, np.uint16), (65_537, np.uint32)):
         monkeypatch.setattr(tokenizer, "get_vocab_size", lambda size=vocab_size: size)
         assert tokenizer.encode_batch_flat(["text"])[0].dtype == dtype
+
+
+def test_both_encoders_have_the_same_results(tokenizer: RustBPETokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [*corpus(), *random_texts(2000), "a\ud83dz", "\ud83d\ude00", *tok_eval.TEXTS.values(), " " * 3000 + "x"]
+
+    def results() -> list:
+        ids, offsets = tokenizer.encode_batch_flat(texts, prepend="<|bos|>")
+        return [tokenizer.encode(texts), tokenizer.encode(texts[1]), ids.tolist(), ids.dtype, offsets.tolist()]
+
+    ours = results()
+    monkeypatch.setattr(tokenizer, "encoder", None)
+    assert results() == ours
+    assert [tokenizer.id_to_bytes(i) for i in range(VOCAB_SIZE)] == [
+        RustBPETokenizer(None, tokenizer.definition).id_to_bytes(i) for i in range(VOCAB_SIZE)
+    ]
+
+
+@pytest.mark.parametrize(("name", "unused"), [("", "encoding"), ("rustbpe", "encoding"), ("tiktoken", "encoder")])
+def test_the_environment_chooses_the_encoder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, unused: str
+) -> None:
+    monkeypatch.setenv("NANOCHAT_ENCODER", name)
+    loaded = RustBPETokenizer.from_directory(folder)
+    expected = loaded.encode(TEXTS)
+    vocab_size = loaded.get_vocab_size()
+    monkeypatch.setattr(loaded, "get_vocab_size", lambda: vocab_size)
+    monkeypatch.setattr(loaded, unused, object())  # any use of it is an AttributeError
+    assert loaded.encode(TEXTS) == expected
+    assert loaded.encode_batch_flat(TEXTS)[0].tolist() == sum(expected, [])
 
 
 def test_special_tokens_in_text_stay_text(tokenizer: RustBPETokenizer) -> None:
@@ -312,6 +342,7 @@ def test_tok_train_writes_the_same_bytes_again(base_dir: Path) -> None:
     assert get_token_bytes().equal(token_bytes(get_tokenizer()))
     section = json.loads((base_dir / "report" / "tok_train.json").read_text(encoding="utf-8"))
     text = json.dumps(section)
+    assert all(f"{phase}_megabytes_per_second" in text for phase in ("train", "read", "count", "merge"))
     assert get_tokenizer().hash in text and str(sum(map(len, corpus()))) in text
 
 
