@@ -190,8 +190,9 @@ def accumulate_gradients(
                     raise
                 is_out_of_memory = True
                 break
-        if not any_rank(is_out_of_memory):
-            return all_reduce_sum(total).item() / max(1, num_targets)
+        total, num_out_of_memory = all_reduce_sum(torch.stack((total, total.new_tensor(is_out_of_memory)))).tolist()
+        if not num_out_of_memory:
+            return total / max(1, num_targets)
         portions.halve()
         model.zero_grad()
         release_memory(device)
