@@ -61,7 +61,7 @@ def muon_update(
     momentum_buffer.lerp_(grads, 1 - momentum)
     update = orthogonalize(grads.lerp(momentum_buffer, momentum))
     rows, cols = params.shape[-2:]
-    return params - lr * max(1.0, rows / cols) ** 0.5 * update.to(params.dtype)
+    return torch.add(params, update.to(params.dtype), alpha=-lr * max(1.0, rows / cols) ** 0.5)
 
 
 class Muon:
