@@ -474,9 +474,8 @@ class Drill:
 
     def hide_shard(self, name: str, rng: random.Random) -> Path:
         """Rename a file of a stage's data; returns the path that it had."""
-        tables = "PocketMath" if name == "rl" else "*"
-        pattern = "base_data/*.parquet" if name == "base" else f"task_data/pocket--{tables}/*/train/*.parquet"
-        path = rng.choice(sorted(self.base_dir.glob(pattern)))
+        own = {"base": "base_data/*.parquet", "rl": "task_data/pocket--PocketMath/*/practice/*.parquet"}
+        path = rng.choice(sorted(self.base_dir.glob(own.get(name, "task_data/pocket--*/*/train/*.parquet"))))
         path.rename(path.with_suffix(".hidden"))
         return path
 
