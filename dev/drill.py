@@ -316,8 +316,8 @@ class Run:
         return "".join(self.output)
 
 
-def make_world(folder: Path) -> Path:
-    """A base directory with a small pocket world, a tokenizer and models to start from."""
+def write_small_world(folder: Path) -> None:
+    """Write a small pocket world, of NUM_ROWS rows a table, into an empty base directory."""
     for path, content in pocket.make_world(1337, 100_000).items():
         if isinstance(content, list) and path.startswith("task_data"):
             content = content[:NUM_ROWS]
@@ -326,6 +326,11 @@ def make_world(folder: Path) -> Path:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(pocket.encode(path, content))
     write_source(folder / "base_data", {"source": "pocket"})
+
+
+def make_world(folder: Path) -> Path:
+    """A base directory with a small pocket world, a tokenizer and models to start from."""
+    write_small_world(folder)
     runs = [("scripts.tok_train", {"vocab_size": 400})]
     runs += [(stage.script, {**stage.settings, "num_iterations": 6}) for name, stage in STAGES.items() if name != "rl"]
     for script, settings in runs:

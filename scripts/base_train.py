@@ -127,8 +127,6 @@ def main(config: Config) -> dict[str, float]:
     print_banner()
     runtime = compute_init(config.device_type, config.seed)
     device, world_size = runtime.device, runtime.world_size
-    if config.save_keep == 0:
-        raise UserError("--save_keep=0 would keep no checkpoint: 1 or more are wanted, or -1 for all")
     tokenizer = None if config.plan else get_tokenizer()
     if config.core_metric_every > 0 and not config.plan:
         find_bundle()  # what cannot be found should be missed now, not at the first evaluation

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,12 +19,12 @@ import pytest
 import torch
 from test_distributed import PROCESSES, run_ranks
 
-from nanochat import engine, pocket
+from dev.drill import odd_reward, write_small_world
+from nanochat import engine
 from nanochat.checkpoint_manager import checkpoint_root, load_model, read_meta, write_meta
 from nanochat.common import Runtime, UserError
 from nanochat.configurator import parse
 from nanochat.dataloader import count_targets, padded_batches
-from nanochat.dataset import write_source
 from nanochat.task_eval import TaskResult
 from nanochat.tokenizer import get_tokenizer
 from scripts import base_train, chat_eval, chat_rl, chat_sft, mid_train, tok_train
@@ -59,12 +58,7 @@ STAGES: dict[str, tuple[ModuleType, dict[str, Any], str]] = {
     "rl": (chat_rl, RL, "chatrl_checkpoints"),
 }
 MIXTURE_SIZES = {name: size for name, size in vars(mixtures).items() if re.match("POCKET_(MID|SFT)_", name)}
-NUM_ROWS, NUM_MADE = 16, 8  # of each table, and of what a mixture takes a certain number of
-
-
-def odd_reward(task: PocketMath, conversation: dict[str, Any], completion: str) -> float:
-    """About half of all replies earn something."""
-    return float(zlib.crc32(completion.encode("utf-8")) % 2)
+NUM_MADE = 8  # of what a mixture takes a certain number of
 
 
 def make_small(setattr: Any = setattr) -> None:
@@ -83,14 +77,7 @@ def small(monkeypatch):
 def prepared(tmp_path_factory):
     """A base directory with a small pocket world, a tokenizer and models to start from; copy it, do not write to it."""
     folder = tmp_path_factory.mktemp("prepared")
-    for path, content in pocket.make_world(1337, 100_000).items():
-        if isinstance(content, list) and path.startswith("task_data"):
-            content = content[:NUM_ROWS]
-        elif path == "identity_conversations.jsonl":
-            content = "".join(content.splitlines(keepends=True)[:NUM_ROWS])
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(pocket.encode(path, content))
-    write_source(folder / "base_data", {"source": "pocket"})
+    write_small_world(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         make_small(patch.setattr)
