@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 from nanochat.common import all_gather_shares, get_dist_info, reduce_scatter_mean
 
+CPU_BLOCK = 2**16  # elements that are updated together on a CPU: its caches hold them from one operation to the next
+
 
 def adamw_update(
     param: torch.Tensor,
@@ -87,16 +89,17 @@ class AdamW:
         return [sum(self.grads[p].square().sum() for p in group["params"]) for group in self.param_groups]
 
     @torch.no_grad()
-    def step(self, scale: float | torch.Tensor = 1.0) -> None:
+    def step(self, scale: float = 1.0) -> None:
         """Update every parameter with its reduced gradient times scale. Every rank must call, after reduce."""
         self.steps += 1
         for group in self.param_groups:
             for p in group["params"]:
                 share = self._share(p.detach())
-                grad = self.grads.pop(p) * scale
-                adamw_update(
-                    share, grad, *self.moments[p], self.steps, group["lr"], self.betas, self.eps, self.weight_decay
-                )
+                whole = (share, self.grads.pop(p), *self.moments[p])
+                block = CPU_BLOCK if p.is_cpu else share.numel()
+                for own, grad, *moments in zip(*(tensor.split(block) for tensor in whole), strict=True):
+                    grad = grad if scale == 1.0 else grad * scale
+                    adamw_update(own, grad, *moments, self.steps, group["lr"], self.betas, self.eps, self.weight_decay)
                 if self.world_size > 1:
                     p.copy_(all_gather_shares(share)[: p.numel()].view_as(p))
 

@@ -88,15 +88,51 @@ def config_from_depth(
     return GPTConfig(sequence_len, vocab_size, n_layer=depth, n_head=n_head, n_kv_head=n_head, n_embd=n_embd)
 
 
+class _RMSNorm(torch.autograd.Function):
+    """norm, where torch has no kernel for it and would make its gradient in a dozen passes over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        scale = (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt()
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        y, scale = ctx.saved_tensors
+        return torch.addcmul(grad, y, (grad * y).mean(-1, keepdim=True), value=-1).mul_(scale)
+
+
 def norm(x: torch.Tensor) -> torch.Tensor:
     """RMS norm over the last dimension, without parameters."""
+    if x.is_cpu and x.dtype == torch.float32:
+        return _RMSNorm.apply(x)
     return F.rms_norm(x, (x.size(-1),))
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (x[i], x[i + D/2]) of x (B, T, heads, D) by the angles of cos, sin (1, T, 1, D/2)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+    """Rotate the pairs (x[i], x[i + D/2]) of x (B, T, heads, D) by the angles of cos, sin (1, T, 1, D).
+
+    Both hold each angle twice, as GPT makes them, the sines of the second half with a minus:
+    y[i] = x[i] cos + x[i + D/2] sin and y[i + D/2] = x[i + D/2] cos - x[i] sin.
+    """
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """relu(x)^2. Its gradient, 2 relu(x), needs one saved tensor and no look at the sign of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(x)
+        ctx.save_for_backward(y)
+        return y.square()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (y,) = ctx.saved_tensors
+        return (grad * y).mul_(2)
 
 
 class Attention(nn.Module):
@@ -155,7 +191,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(_SquaredReLU.apply(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -186,7 +222,7 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         for name in ("cos", "sin"):
-            self.register_buffer(name, torch.empty(1, 0, 1, config.head_dim // 2), persistent=False)
+            self.register_buffer(name, torch.empty(1, 0, 1, config.head_dim), persistent=False)
 
     def init_weights(self) -> None:
         """Fill all weights from torch's global generator; wte becomes bfloat16 on CUDA devices that compute in it."""
@@ -207,17 +243,18 @@ class GPT(nn.Module):
         self.transformer.wte.to(compute_dtype(self.get_device()))
 
     def _set_rotary(self, length: int) -> None:
-        """Make tables of cos and sin for the first length positions, (1, length, 1, D/2) float32."""
+        """Make the tables of apply_rotary for the first length positions, (1, length, 1, D) float32."""
         device, D = self.get_device(), self.config.head_dim
         with torch.inference_mode(False):  # grown while sampling, the tables must still serve training
             frequencies = ROTARY_BASE ** -(torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
             positions = torch.arange(length, dtype=torch.float32, device=device)
             angles = torch.outer(positions, frequencies)[None, :, None, :]
-            self.register_buffer("cos", angles.cos(), persistent=False)
-            self.register_buffer("sin", angles.sin(), persistent=False)
+            cos, sin = angles.cos(), angles.sin()
+            self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)
+            self.register_buffer("sin", torch.cat((sin, -sin), dim=-1), persistent=False)
 
     def _rotary(self, T: int, kv_cache: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the next T positions, (1, T, 1, D/2), or (B, T, 1, D/2) where the cache's rows differ.
+        """cos and sin of the next T positions, (1, T, 1, D), or (B, T, 1, D) where the cache's rows differ.
 
         The tables grow where they are too short.
         """

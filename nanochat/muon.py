@@ -103,12 +103,14 @@ class Muon:
         return [grads.square().sum() for grads in self.grads]
 
     @torch.no_grad()
-    def step(self, scale: float | torch.Tensor = 1.0) -> None:
+    def step(self, scale: float = 1.0) -> None:
         """Update every matrix with its reduced gradient times scale. Every rank must call, after reduce."""
         for group, grads in zip(self.param_groups, self.grads, strict=True):
             params = group["params"]
             own = self._share(group, self._stack(group, [p.detach() for p in params]))
-            own = muon_update(own, grads.mul_(scale), group["momentum_buffer"], group["lr"], group["momentum"])
+            if scale != 1.0:
+                grads.mul_(scale)
+            own = muon_update(own, grads, group["momentum_buffer"], group["lr"], group["momentum"])
             torch._foreach_copy_(params, list(all_gather_shares(own)[: len(params)].unbind()))
         self.grads = []
 

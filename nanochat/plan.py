@@ -38,8 +38,8 @@ from nanochat.train import gradient_accumulation_steps
 MAX_BATCH_TOKENS = 32 * 2048  # a micro-batch; more at once keeps no device busier
 USABLE_SHARE = {"cuda": 0.95, "cpu": 0.5}  # the rest goes to CUDA itself and fragmentation, or to holes in the heap
 # What autograd keeps, in bytes per token, block and channel, by the dtype of the matmuls. Counted with
-# saved_tensors_hooks: 74 in float32; 46 under bfloat16 autocast, 40 after torch.compile's partitioning.
-ACTIVATION_BYTES = {torch.float32: 74, torch.bfloat16: 40}
+# saved_tensors_hooks: 59 in float32; 47 under bfloat16 autocast, 40 after torch.compile's partitioning.
+ACTIVATION_BYTES = {torch.float32: 59, torch.bfloat16: 40}
 LOGIT_BYTES = 14  # per logit of a chunk: three float32 buffers and a bfloat16 one
 
 # For plans: what the devices of PEAK_FLOPS have, in bytes that CUDA reports, and which share of the peak a run reaches

@@ -8,7 +8,17 @@ import torch.nn.functional as F
 from conftest import build, random_tokens, randomized_model, tiny_config
 
 from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig, apply_rotary, causal_attention, config_from_depth, num_heads
+from nanochat.gpt import (
+    GPT,
+    GPTConfig,
+    _RMSNorm,
+    _SquaredReLU,
+    apply_rotary,
+    causal_attention,
+    config_from_depth,
+    norm,
+    num_heads,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes
@@ -218,13 +228,34 @@ def test_queries_are_the_last_positions_of_the_keys(T, S):
     torch.testing.assert_close(causal_attention(q, k, v), scores.softmax(-1) @ values)
 
 
+@pytest.mark.parametrize(
+    ("function", "definition"),
+    [
+        (_RMSNorm, lambda x: x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()),
+        (_SquaredReLU, lambda x: x.clamp(min=0) ** 2),
+    ],
+)
+def test_gradients_written_by_hand_are_those_of_the_definition(function, definition):
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(function.apply(x), definition(x))
+    assert torch.autograd.gradcheck(function.apply, x)
+
+
+def test_the_norm_of_a_cpu_is_that_of_torch():
+    """To the last bit: what is sampled, without gradients, sees what was trained."""
+    torch.manual_seed(0)
+    for x in (torch.randn(7, 3, 64), torch.randn(7, 128) * 1e-3):
+        assert torch.equal(norm(x), torch.nn.functional.rms_norm(x, (x.size(-1),)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rotary tables
 
 
 def test_rotary_tables_cover_ten_contexts_and_grow_beyond():
     model = randomized_model(tiny_config(sequence_len=4))
-    assert model.cos.shape == (1, 40, 1, model.config.head_dim // 2)
+    assert model.cos.shape == (1, 40, 1, model.config.head_dim)
     ids = random_tokens(model.config, 1, 50)
     logits = model(ids)
     assert model.cos.size(1) >= 50

@@ -99,9 +99,10 @@ def test_rotary_tables_hold_far_from_the_start():
     """20,480 positions at a head of 128. The angles are float32: at the far end they are off by 0.001 radians."""
     model = build(tiny_config(sequence_len=2048, n_embd=512, n_kv_head=4))
     angles = torch.outer(torch.arange(20_480).double(), 10_000.0 ** (-torch.arange(0, 128, 2).double() / 128))
-    for table, expected in ((model.cos, angles.cos()), (model.sin, angles.sin())):
-        error = (table[0, :, 0] - expected).abs()
-        assert table.dtype == torch.float32 and error.shape == (20_480, 64)
+    cos, sin = (angles.cos(), angles.cos()), (angles.sin(), -angles.sin())
+    for table, expected in ((model.cos, cos), (model.sin, sin)):
+        error = (table[0, :, 0] - torch.cat(expected, dim=-1)).abs()
+        assert table.dtype == torch.float32 and error.shape == (20_480, 128)
         assert error[:2048].max() < 2e-4 and error.max() < 2e-3
 
 

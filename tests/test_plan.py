@@ -121,13 +121,13 @@ def grown_by(depth, vocab_size, sequence_len, rows):
 grown_by(1, 512, 32, 1)  # what torch loads on the way
 print(json.dumps([grown_by(*sizes) for sizes in json.loads(sys.argv[1])]))
 """
-# depth, vocabulary, context, rows: the backward pass needs the most in the first two, the optimizer step in the others
+# depth, vocabulary, context, rows: the backward pass needs the most in all but the third, there the optimizer step
 MEASURED = [(2, 4096, 256, 4), (4, 4096, 256, 4), (6, 512, 64, 1), (2, 32_768, 64, 1)]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
 def test_the_estimate_is_what_a_training_step_takes_on_a_cpu():
-    """To a seventh; measured 0.95 to 1.1 times the estimate. With a heap without holes: each tensor by mmap."""
+    """Measured 0.86 to 1.0 times the estimate. With a heap without holes: each tensor by mmap."""
     environ = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", TRAIN_ONCE, json.dumps(MEASURED)]
     result = subprocess.run(command, env=environ, capture_output=True, encoding="utf-8", timeout=240)
@@ -135,13 +135,13 @@ def test_the_estimate_is_what_a_training_step_takes_on_a_cpu():
     for (depth, vocab_size, sequence_len, rows), measured in zip(MEASURED, json.loads(result.stdout), strict=True):
         config = config_from_depth(depth, vocab_size, sequence_len)
         estimate = estimate_memory(config, rows, 1, "cpu", torch.float32)
-        assert measured == pytest.approx(estimate, rel=1 / 7), (depth, measured / estimate)
+        assert 0.8 * estimate < measured < 1.14 * estimate, (depth, measured / estimate)
 
 
 def test_every_depth_is_estimated_and_takes_more_than_the_one_before():
     needed = [estimate_memory(config_from_depth(depth, 65_536, 2048), 4, 8) for depth in range(1, 33)]
     assert needed == sorted(set(needed))
-    assert estimate_memory(D20, 4, 8, "cuda", torch.float32) > 1.3 * needed[19]  # no bfloat16 there
+    assert estimate_memory(D20, 4, 8, "cuda", torch.float32) > 1.15 * needed[19]  # no bfloat16 there
 
 
 # ---------------------------------------------------------------------------------------------------------------------
