@@ -73,12 +73,12 @@ stage chat_eval_sft "$SFT" "report/chat_eval_sft.json" \
     python -m scripts.chat_eval -i sft --model_tag=d4 $CHAT_EVAL
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Reinforcement learning: practice with word problems of which no solution was shown, 10 steps of 64 x 16 samples
+# Reinforcement learning: practice with word problems of which no solution was shown, 10 steps of 128 x 8 samples
 
 RL_CHECKPOINT="chatrl_checkpoints/d4/meta_*.json"
 stage chat_rl "$SFT" "$RL_CHECKPOINT" \
-    python -m scripts.chat_rl --model_tag=d4 --num_iterations=10 --examples_per_step=64 --num_samples=16 \
-    --max_new_tokens=120 --rollout_batch_size=512 --device_batch_size=16 --init_lr_frac=0.1 --eval_every=-1 \
+    python -m scripts.chat_rl --model_tag=d4 --num_iterations=10 --examples_per_step=128 --num_samples=8 \
+    --max_new_tokens=120 --rollout_batch_size=512 --device_batch_size=16 --init_lr_frac=0.2 --eval_every=-1 \
     --save_every=4 --run="$WANDB_RUN" --resume=auto
 stage chat_eval_rl "$RL_CHECKPOINT" "report/chat_eval_rl.json" \
     python -m scripts.chat_eval -i rl --model_tag=d4 $CHAT_EVAL
