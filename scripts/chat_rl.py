@@ -33,6 +33,7 @@ from nanochat.configurator import opt, parse
 from nanochat.dataloader import Row, count_targets, padded_batches
 from nanochat.engine import Engine, Request
 from nanochat.guard import Saver, StallWatch
+from nanochat.plan import fit_batch_size
 from nanochat.report import get_report
 from nanochat.task_eval import evaluate_task, reply_text
 from nanochat.train import (
@@ -69,7 +70,7 @@ class Config:
     top_k: int = opt(50, "sample among the k likeliest tokens; 0 is off")
     rollout_batch_size: int = opt(128, "sequences per rank that are generated at once")
     # Optimization
-    device_batch_size: int = opt(8, "rows per rank and micro-batch")
+    device_batch_size: int = opt(8, "rows per rank and micro-batch; -1 is the most that fit the device")
     embedding_lr: float = opt(0.2, "learning rate of wte (AdamW)")
     unembedding_lr: float = opt(0.004, "learning rate of lm_head (AdamW)")
     matrix_lr: float = opt(0.02, "learning rate of the matrices (Muon)")
@@ -133,7 +134,7 @@ def main(config: Config) -> dict[str, float]:
     print_banner()
     runtime = compute_init(config.device_type)
     device = runtime.device
-    for name in ("examples_per_step", "max_new_tokens", "rollout_batch_size", "device_batch_size", "eval_samples"):
+    for name in ("examples_per_step", "max_new_tokens", "rollout_batch_size", "eval_samples"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name}={getattr(config, name)} must be at least 1")
     if config.num_samples < 2:
@@ -146,6 +147,8 @@ def main(config: Config) -> dict[str, float]:
     # -----------------------------------------------------------------------------------------------------------------
     # Model and optimizer, and the state of a run that is taken up again
     model, tokenizer, source_meta = load_model(config.source, device, "train", config.model_tag, config.step)
+    most_tokens = config.examples_per_step * config.num_samples * model.config.sequence_len
+    B = fit_batch_size(config.device_batch_size, model.config, most_tokens, device)
     optimizers = model.setup_optimizers(
         config.unembedding_lr, config.embedding_lr, config.matrix_lr, config.weight_decay
     )
@@ -170,7 +173,7 @@ def main(config: Config) -> dict[str, float]:
     # Loop
     wandb_run = init_wandb(config.run, "nanochat-rl", asdict(config))
     metrics = MetricsLog(checkpoint_dir, start_step, wandb_run, config.log_every)
-    portions = Portions(config.device_batch_size)
+    portions = Portions(B)
     pad_token = tokenizer.encode_special("<|assistant_end|>")
 
     def save(step: int) -> None:
@@ -221,7 +224,7 @@ def main(config: Config) -> dict[str, float]:
             norms = {} if is_due(step + 1, config.log_norms_every) else None
             multiplier = config.init_lr_frac * lr_multiplier(step / num_iterations, warmdown_ratio=1.0)
             if all_reduce_sum(len(rollouts.rows)) > 0:
-                micro_batches = padded_batches(rollouts.rows, config.device_batch_size, pad_token, device)
+                micro_batches = padded_batches(rollouts.rows, B, pad_token, device)
                 loss = accumulate_gradients(model, micro_batches, num_targets, device, portions)
                 grad_norm = step_optimizers(optimizers, multiplier, momentum=0.95, group_norms=norms)
             meter.end_step(loss, num_targets)

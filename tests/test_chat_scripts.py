@@ -612,9 +612,10 @@ def test_steps_without_a_difference_change_no_weight(base_dir, monkeypatch):
 
 
 def test_micro_batches_change_a_policy_gradient_only_by_rounding(base_dir):
-    for size in (1, 10):
+    for size in (1, 10, -1):  # -1: the most that fit
         train("rl", f"of {size}", device_batch_size=size, num_iterations=3)
-    assert_close(metrics(base_dir, "rl", "of 1"), metrics(base_dir, "rl", "of 10"), 1e-4)
+    for other in ("of 10", "of -1"):
+        assert_close(metrics(base_dir, "rl", "of 1"), metrics(base_dir, "rl", other), 1e-4)
 
 
 def test_what_is_rewarded_is_learned(base_dir, monkeypatch):
@@ -632,6 +633,7 @@ def test_what_is_rewarded_is_learned(base_dir, monkeypatch):
         ({"temperature": 0.0}, "--temperature"),
         ({"top_k": -1}, "--top_k"),
         ({"rollout_batch_size": 0}, "--rollout_batch_size=0"),
+        ({"device_batch_size": 0}, "--device_batch_size=0"),
         ({"num_iterations": -1, "num_epochs": 0}, "no horizon"),
     ],
 )
