@@ -99,7 +99,7 @@ impl Encoder {
 
     /// The ids of `text`.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
-        let mut ids = Vec::with_capacity(text.len() / 4 + 8);
+        let mut ids = Vec::with_capacity(text.len() / 2 + 8);
         let mut scratch = self.take_scratch();
         let result = self.append_ids(&self.splitter, text, &mut scratch, &mut ids);
         self.leave_scratch(scratch);
@@ -345,7 +345,7 @@ struct Scratch {
 /// So many short pieces are found before their ids are looked up.
 const WAITING_PIECES: usize = 64;
 
-const MEMORY_BITS: u32 = 15;
+const MEMORY_BITS: u32 = 16;
 
 impl Scratch {
     fn new() -> Self {
