@@ -42,12 +42,18 @@ impl TokenIds {
 // ---------------------------------------------------------------------------------------------------------------------
 // Which pairs make which token
 
+/// Where two bytes are in a table of all of them.
+#[inline]
+fn place_of_two(left: u8, right: u8) -> usize {
+    usize::from(left) << 8 | usize::from(right)
+}
+
 /// (left, right) -> the token that they make.
 pub(crate) struct PairTable {
     /// The pairs of single bytes, by byte.
     of_bytes: Vec<u32>,
     of_tokens: FxHashMap<Pair, u32>,
-    /// The pair that makes each token; (NONE, NONE) for bytes. Only where the tokens are ordered.
+    /// The pair that makes each token; for a byte, twice that byte. Only where the tokens are ordered.
     parts: Vec<Pair>,
     /// Whether the bytes come first, and each other token is made by one pair only, of tokens with smaller ids.
     pub(crate) is_ordered: bool,
@@ -62,7 +68,7 @@ impl PairTable {
         let mut table = PairTable {
             of_bytes: vec![NONE; 1 << 16],
             of_tokens: FxHashMap::with_capacity_and_hasher(tokens.len(), Default::default()),
-            parts: vec![(NONE, NONE); tokens.len()],
+            parts: tokens.iter().map(|token| (token[0].into(), token[0].into())).collect(),
             is_ordered: true,
         };
         if byte_ids.iter().any(|&id| id >= NUM_BYTES) {
@@ -106,14 +112,14 @@ impl PairTable {
 
     fn add(&mut self, left: (&[u8], u32), right: (&[u8], u32), id: u32) {
         if let (&[left_byte], &[right_byte]) = (left.0, right.0) {
-            self.of_bytes[usize::from(left_byte) << 8 | usize::from(right_byte)] = id;
+            self.of_bytes[place_of_two(left_byte, right_byte)] = id;
         }
         self.of_tokens.insert((left.1, right.1), id);
     }
 
     #[inline]
     fn of_bytes(&self, left: u8, right: u8) -> u32 {
-        self.of_bytes[usize::from(left) << 8 | usize::from(right)]
+        self.of_bytes[place_of_two(left, right)]
     }
 
     #[inline]
@@ -128,11 +134,11 @@ impl PairTable {
     fn stay_apart(&self, mut left: u32, mut right: u32) -> bool {
         let mut end = NONE; // tokens from here on are made when one of the two that stand at the border is gone
         loop {
+            if left.max(right) < NUM_BYTES {
+                return self.of_bytes(self.parts[left as usize].1 as u8, self.parts[right as usize].0 as u8) >= end;
+            }
             if self.get(left, right) < end {
                 return false;
-            }
-            if left.max(right) < NUM_BYTES {
-                return true;
             }
             // Of equal merges the left one comes first. So one at the border comes before an equal one to the right.
             if left > right {
@@ -148,7 +154,9 @@ impl PairTable {
 
 /// The tokens by their first bytes: a tree whose nodes stand for the first bytes of some tokens.
 pub(crate) struct TokenTree {
-    /// (node, byte) -> the node for one byte more. The node of the bytes of a token has its id; other nodes follow.
+    /// The node for each two bytes, or NONE. The node of the bytes of a token has its id; other nodes follow.
+    of_two_bytes: Vec<u32>,
+    /// (node, byte) -> the node for one byte more.
     children: FxHashMap<(u32, u8), u32>,
     /// The length of each token, and the longest other token with which it begins, or NONE.
     lengths: Vec<(u32, u32)>,
@@ -156,7 +164,8 @@ pub(crate) struct TokenTree {
 
 impl TokenTree {
     pub(crate) fn new(tokens: &[Box<[u8]>], token_ids: &TokenIds, byte_ids: &[u32; 256]) -> Self {
-        let mut tree = TokenTree { children: FxHashMap::default(), lengths: Vec::with_capacity(tokens.len()) };
+        let (of_two_bytes, lengths) = (vec![NONE; 1 << 16], Vec::with_capacity(tokens.len()));
+        let mut tree = TokenTree { of_two_bytes, children: FxHashMap::default(), lengths };
         let mut next_node = tokens.len() as u32;
         for token in tokens {
             let (mut node, mut shorter) = (byte_ids[usize::from(token[0])], NONE);
@@ -170,6 +179,9 @@ impl TokenTree {
                         next_node - 1
                     })
                 });
+                if end == 2 {
+                    tree.of_two_bytes[place_of_two(token[0], token[1])] = node;
+                }
             }
             tree.lengths.push((token.len() as u32, shorter));
         }
@@ -185,21 +197,19 @@ impl TokenTree {
         self.lengths[token as usize].1
     }
 
-    /// The longest token with which `text` begins. `text` is not empty.
+    /// The longest token with which `text` begins, and how many bytes were looked at. `text` is not empty.
     #[inline]
-    fn longest(&self, text: &[u8], byte_ids: &[u32; 256]) -> u32 {
-        let mut node = byte_ids[usize::from(text[0])];
-        let mut longest = node;
-        for &byte in &text[1..] {
-            match self.children.get(&(node, byte)) {
-                Some(&child) => node = child,
-                None => break,
-            }
+    fn longest(&self, text: &[u8], byte_ids: &[u32; 256]) -> (u32, usize) {
+        let mut longest = byte_ids[usize::from(text[0])];
+        let Some(&second) = text.get(1) else { return (longest, 1) };
+        let (mut node, mut rest) = (self.of_two_bytes[place_of_two(text[0], second)], text[2..].iter());
+        while node != NONE {
             if (node as usize) < self.lengths.len() {
                 longest = node;
             }
+            node = rest.next().and_then(|&byte| self.children.get(&(node, byte))).copied().unwrap_or(NONE);
         }
-        longest
+        (longest, text.len() - rest.len())
     }
 }
 
@@ -256,23 +266,37 @@ impl Merging {
     /// length. The longest token comes first: it is nearly always the right one.
     pub(crate) fn merge_by_search(&mut self, piece: &[u8], byte_ids: &[u32; 256], pairs: &PairTable, tree: &TokenTree) {
         let ids = &mut self.ids;
-        let (mut start, mut token) = (0, tree.longest(piece, byte_ids));
-        loop {
-            if ids.last().is_none_or(|&last| pairs.stay_apart(last, token)) {
-                ids.push(token);
-                start += tree.len(token);
-                if start == piece.len() {
+        // In a run of one character two questions come again and again: which token is the longest, and which the right
+        // one. What was seen to answer the first is kept unless it ends with the piece: more might have changed it.
+        let (mut seen, mut longest): (&[u8], u32) = (&[], NONE);
+        let mut known = ((NONE, NONE), NONE);
+        let mut start = 0;
+        while start < piece.len() {
+            let rest = &piece[start..];
+            if seen.is_empty() || !rest.starts_with(seen) {
+                let (found, num_seen) = tree.longest(rest, byte_ids);
+                (seen, longest) = (if num_seen < rest.len() { &rest[..num_seen] } else { &[] }, found);
+            }
+            let mut token = longest;
+            loop {
+                let last = ids.last().copied().unwrap_or(NONE);
+                let question = (last, token);
+                if question == known.0 {
+                    token = known.1;
+                }
+                while token != NONE && last != NONE && !pairs.stay_apart(last, token) {
+                    token = tree.shorter(token);
+                }
+                known = (question, token);
+                if token != NONE {
                     break;
                 }
-                token = tree.longest(&piece[start..], byte_ids);
-            } else {
-                token = tree.shorter(token);
-                while token == NONE {
-                    let last = ids.pop().expect("every piece has its tokens");
-                    start -= tree.len(last);
-                    token = tree.shorter(last);
-                }
+                ids.pop();
+                start -= tree.len(last);
+                token = tree.shorter(last);
             }
+            ids.push(token);
+            start += tree.len(token);
         }
     }
 
