@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import regex
 import tiktoken
@@ -345,19 +346,40 @@ def scanner_texts(rng: random.Random, count: int) -> Iterator[str]:
 SETTLED_CODE_POINTS = [i for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
 
 
+def compare_splits(texts: list[str], pattern: str) -> int:
+    """Asserts that the splitter and Python's regex find the same pieces, and returns their number."""
+    compiled = regex.compile(pattern)
+    pieces = [[piece.encode("utf-8") for piece in compiled.findall(text)] for text in texts]
+    # With ranks for whole pieces, ids show where the pieces are. Those for each two in a row show where one is missing.
+    tokens = [[bytes([i]) for i in range(256)], *pieces]
+    tokens += [[a + b for a, b in itertools.pairwise(some)] for some in pieces]
+    ranks = {token: i for i, token in enumerate(dict.fromkeys(itertools.chain.from_iterable(tokens)))}
+    tokenizer = rustbpe.Tokenizer.from_ranks(ranks, pattern)
+    for text, some in zip(texts, pieces, strict=True):
+        assert tokenizer.encode(text) == [ranks[piece] for piece in some], ascii(text)
+    return sum(map(len, pieces))
+
+
 def test_the_splitter_agrees_with_python_regular_expressions():
-    """RUSTBPE_CASES sets the number of texts for a long run; cargo test compares with fancy-regex in the same way."""
-    words = {bytes([i]): i for i in range(256)}
+    """For a long run RUSTBPE_CASES sets the number of texts, and RUSTBPE_TEXTS names Parquet files with more of them.
+
+    cargo test compares with fancy-regex in the same way."""
+    files = os.environ.get("RUSTBPE_TEXTS", "").split()
     rng = random.Random(int(os.environ.get("RUSTBPE_SEED", "0")))
+    num_pieces = 0
     for digits in (1, 2, 3):
         pattern = DEFAULT_PATTERN.replace("{1,3}", f"{{1,{digits}}}")
-        compiled = regex.compile(pattern)
         for text in scanner_texts(rng, int(os.environ.get("RUSTBPE_CASES", "2000"))):
-            # With ranks for whole pieces, ids show where the pieces are.
-            pieces = [piece.encode("utf-8") for piece in compiled.findall(text)]
-            ranks = words | {piece: 256 + i for i, piece in enumerate(dict.fromkeys(p for p in pieces if len(p) > 1))}
-            ids = rustbpe.Tokenizer.from_ranks(ranks, pattern).encode(text)
-            assert ids == [ranks[piece] for piece in pieces], ascii(text)
+            num_pieces += compare_splits([text], pattern)
+        for text_batch in itertools.chain.from_iterable(map(batches_of_texts, files)):
+            num_pieces += compare_splits(text_batch, pattern)
+    print(f"{num_pieces:,} pieces, no difference")
+
+
+def batches_of_texts(path: str) -> Iterator[list[str]]:
+    """Yields the column `text` of a Parquet file, some documents at a time."""
+    for batch in pq.ParquetFile(path).iter_batches(256, columns=["text"]):
+        yield batch.column("text").to_pylist()
 
 
 @pytest.mark.parametrize("alphabet", ["a", "ab", "abcdefgh", "的一是不", "!?", " \t", "\n\r", "0123"])

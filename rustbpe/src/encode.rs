@@ -6,18 +6,21 @@
 //! text is one look at that memory; long pieces are merged in time linear in their length.
 
 use std::mem;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
 use std::thread;
 
 use rustc_hash::FxHashMap;
 
 use crate::key::Key;
-use crate::merge::{Merging, NONE, PairTable, TokenIds};
+use crate::merge::{Merging, NONE, PairTable, TokenIds, TokenTree};
 use crate::{Error, NUM_BYTES, Pair, Splitter};
 
 /// Batches are handed out to the threads by about this many bytes of text.
 const BLOCK_BYTES: usize = 1 << 16;
+
+/// Longer pieces are not merged by a look at all their pairs for each merge.
+const SCAN_BYTES: usize = 96;
 
 /// A vocabulary: ids from texts, and texts from ids. Ordinary tokens have the ids 0, 1, 2, ...; special tokens have any
 /// other ids, and are decoded but never encoded: in a text, their names are text.
@@ -28,6 +31,8 @@ pub struct Encoder {
     token_ids: TokenIds,
     byte_ids: [u32; NUM_BYTES as usize],
     pairs: PairTable,
+    /// Made for the first long piece.
+    tree: OnceLock<TokenTree>,
     /// What threads that are done leave for the next ones.
     scratch: Mutex<Vec<Scratch>>,
 }
@@ -68,7 +73,8 @@ impl Encoder {
             return bad("an id of a special token is taken".to_owned());
         }
         let pairs = PairTable::new(&tokens, &token_ids, &byte_ids);
-        Ok(Encoder { splitter, tokens, special, token_ids, byte_ids, pairs, scratch: Mutex::default() })
+        let (tree, scratch) = (OnceLock::new(), Mutex::default());
+        Ok(Encoder { splitter, tokens, special, token_ids, byte_ids, pairs, tree, scratch })
     }
 
     /// The number of ordinary tokens.
@@ -93,7 +99,7 @@ impl Encoder {
 
     /// The ids of `text`.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
-        let mut ids = Vec::with_capacity(text.len() / 4 + 8);
+        let mut ids = Vec::with_capacity(text.len() / 2 + 8);
         let mut scratch = self.take_scratch();
         let result = self.append_ids(&self.splitter, text, &mut scratch, &mut ids);
         self.leave_scratch(scratch);
@@ -234,8 +240,13 @@ impl Encoder {
         merging.ids.clear();
         if let Some(id) = self.token_ids.get(piece) {
             merging.ids.push(id);
+        } else if piece.len() <= SCAN_BYTES {
+            merging.merge_by_scans(piece, &self.byte_ids, &self.pairs);
+        } else if self.pairs.is_ordered {
+            let tree = self.tree.get_or_init(|| TokenTree::new(&self.tokens, &self.token_ids, &self.byte_ids));
+            merging.merge_by_search(piece, &self.byte_ids, &self.pairs, tree);
         } else {
-            merging.merge(piece, &self.byte_ids, &self.pairs);
+            merging.merge_by_heap(piece, &self.byte_ids, &self.pairs);
         }
         &merging.ids
     }
@@ -334,7 +345,7 @@ struct Scratch {
 /// So many short pieces are found before their ids are looked up.
 const WAITING_PIECES: usize = 64;
 
-const MEMORY_BITS: u32 = 15;
+const MEMORY_BITS: u32 = 16;
 
 impl Scratch {
     fn new() -> Self {
@@ -495,14 +506,14 @@ mod tests {
             let merges = random_merges(&mut random, &alphabet);
             let encoder = Encoder::from_merges(whole_text(), &merges);
             for text in [random.text(&alphabet, 400) + "a", "a".repeat(1 + random.below(300))] {
-                let results =
-                    [Merging::merge_by_scans, Merging::merge_by_buckets, Merging::merge_by_heap].map(|merge| {
-                        let mut merging = Merging::default();
-                        merge(&mut merging, text.as_bytes(), &encoder.byte_ids, &encoder.pairs);
-                        merging.ids
-                    });
-                assert_eq!(results[0], results[1], "{text}");
-                assert_eq!(results[0], results[2], "{text}");
+                let (piece, byte_ids, pairs) = (text.as_bytes(), &encoder.byte_ids, &encoder.pairs);
+                let tree = TokenTree::new(&encoder.tokens, &encoder.token_ids, byte_ids);
+                let [mut scans, mut search, mut heap] = [(); 3].map(|()| Merging::default());
+                scans.merge_by_scans(piece, byte_ids, pairs);
+                search.merge_by_search(piece, byte_ids, pairs, &tree);
+                heap.merge_by_heap(piece, byte_ids, pairs);
+                assert_eq!(scans.ids, search.ids, "{text}");
+                assert_eq!(scans.ids, heap.ids, "{text}");
             }
         }
     }

@@ -5,18 +5,14 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
-use std::mem;
 
 use rustc_hash::FxHashMap;
 
-use crate::Pair;
 use crate::key::{Key, KeyMap};
+use crate::{NUM_BYTES, Pair};
 
 /// No token.
 pub(crate) const NONE: u32 = u32::MAX;
-
-/// Longer pieces are merged by a queue instead of a look at all their pairs for each merge.
-const SCAN_BYTES: usize = 96;
 
 /// The bytes of a token -> its id.
 #[derive(Default)]
@@ -46,14 +42,20 @@ impl TokenIds {
 // ---------------------------------------------------------------------------------------------------------------------
 // Which pairs make which token
 
+/// Where two bytes are in a table of all of them.
+#[inline]
+fn place_of_two(left: u8, right: u8) -> usize {
+    usize::from(left) << 8 | usize::from(right)
+}
+
 /// (left, right) -> the token that they make.
 pub(crate) struct PairTable {
     /// The pairs of single bytes, by byte.
     of_bytes: Vec<u32>,
     of_tokens: FxHashMap<Pair, u32>,
-    /// The pair that makes each token; (NONE, NONE) for bytes. Only where the tokens are ordered.
+    /// The pair that makes each token; for a byte, twice that byte. Only where the tokens are ordered.
     parts: Vec<Pair>,
-    /// Whether each token is made by one pair only, of tokens with smaller ids.
+    /// Whether the bytes come first, and each other token is made by one pair only, of tokens with smaller ids.
     pub(crate) is_ordered: bool,
 }
 
@@ -66,9 +68,12 @@ impl PairTable {
         let mut table = PairTable {
             of_bytes: vec![NONE; 1 << 16],
             of_tokens: FxHashMap::with_capacity_and_hasher(tokens.len(), Default::default()),
-            parts: vec![(NONE, NONE); tokens.len()],
+            parts: tokens.iter().map(|token| (token[0].into(), token[0].into())).collect(),
             is_ordered: true,
         };
+        if byte_ids.iter().any(|&id| id >= NUM_BYTES) {
+            return Self::with_all_cuts(tokens, token_ids);
+        }
         let mut merging = Merging::default();
         for (token, id) in tokens.iter().zip(0..) {
             if token.len() > 1 {
@@ -107,47 +112,120 @@ impl PairTable {
 
     fn add(&mut self, left: (&[u8], u32), right: (&[u8], u32), id: u32) {
         if let (&[left_byte], &[right_byte]) = (left.0, right.0) {
-            self.of_bytes[usize::from(left_byte) << 8 | usize::from(right_byte)] = id;
+            self.of_bytes[place_of_two(left_byte, right_byte)] = id;
         }
         self.of_tokens.insert((left.1, right.1), id);
     }
 
     #[inline]
     fn of_bytes(&self, left: u8, right: u8) -> u32 {
-        self.of_bytes[usize::from(left) << 8 | usize::from(right)]
+        self.of_bytes[place_of_two(left, right)]
     }
 
     #[inline]
     fn get(&self, left: u32, right: u32) -> u32 {
         self.of_tokens.get(&(left, right)).copied().unwrap_or(NONE)
     }
+
+    /// Whether merging the bytes of both tokens, which are ordered, leaves these two, so that no merge ever joins what
+    /// is left of their border with what is right of it. Goes back in time: takes apart the token that was made last,
+    /// until only the two bytes at the border are left, and looks at the two that stood there each time.
+    #[inline]
+    fn stay_apart(&self, mut left: u32, mut right: u32) -> bool {
+        let mut end = NONE; // tokens from here on are made when one of the two that stand at the border is gone
+        loop {
+            if left.max(right) < NUM_BYTES {
+                return self.of_bytes(self.parts[left as usize].1 as u8, self.parts[right as usize].0 as u8) >= end;
+            }
+            if self.get(left, right) < end {
+                return false;
+            }
+            // Of equal merges the left one comes first. So one at the border comes before an equal one to the right.
+            if left > right {
+                end = left;
+                left = self.parts[left as usize].1;
+            } else {
+                end = right + 1;
+                right = self.parts[right as usize].0;
+            }
+        }
+    }
+}
+
+/// The tokens by their first bytes: a tree whose nodes stand for the first bytes of some tokens.
+pub(crate) struct TokenTree {
+    /// The node for each two bytes, or NONE. The node of the bytes of a token has its id; other nodes follow.
+    of_two_bytes: Vec<u32>,
+    /// (node, byte) -> the node for one byte more.
+    children: FxHashMap<(u32, u8), u32>,
+    /// The length of each token, and the longest other token with which it begins, or NONE.
+    lengths: Vec<(u32, u32)>,
+}
+
+impl TokenTree {
+    pub(crate) fn new(tokens: &[Box<[u8]>], token_ids: &TokenIds, byte_ids: &[u32; 256]) -> Self {
+        let (of_two_bytes, lengths) = (vec![NONE; 1 << 16], Vec::with_capacity(tokens.len()));
+        let mut tree = TokenTree { of_two_bytes, children: FxHashMap::default(), lengths };
+        let mut next_node = tokens.len() as u32;
+        for token in tokens {
+            let (mut node, mut shorter) = (byte_ids[usize::from(token[0])], NONE);
+            for end in 2..=token.len() {
+                if (node as usize) < tokens.len() {
+                    shorter = node;
+                }
+                node = *tree.children.entry((node, token[end - 1])).or_insert_with(|| {
+                    token_ids.get(&token[..end]).unwrap_or_else(|| {
+                        next_node += 1;
+                        next_node - 1
+                    })
+                });
+                if end == 2 {
+                    tree.of_two_bytes[place_of_two(token[0], token[1])] = node;
+                }
+            }
+            tree.lengths.push((token.len() as u32, shorter));
+        }
+        tree
+    }
+
+    fn len(&self, token: u32) -> usize {
+        self.lengths[token as usize].0 as usize
+    }
+
+    /// The longest token that is shorter than `token` and begins it, or NONE.
+    fn shorter(&self, token: u32) -> u32 {
+        self.lengths[token as usize].1
+    }
+
+    /// The longest token with which `text` begins, and how many bytes were looked at. `text` is not empty.
+    #[inline]
+    fn longest(&self, text: &[u8], byte_ids: &[u32; 256]) -> (u32, usize) {
+        let mut longest = byte_ids[usize::from(text[0])];
+        let Some(&second) = text.get(1) else { return (longest, 1) };
+        let (mut node, mut rest) = (self.of_two_bytes[place_of_two(text[0], second)], text[2..].iter());
+        while node != NONE {
+            if (node as usize) < self.lengths.len() {
+                longest = node;
+            }
+            node = rest.next().and_then(|&byte| self.children.get(&(node, byte))).copied().unwrap_or(NONE);
+        }
+        (longest, text.len() - rest.len())
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Merging one piece
 
-/// Merges the bytes of a piece; three ways with one result, which is appended to `ids`.
+/// Merges the bytes of a piece; three ways with one result, which is left in `ids`, empty before.
 #[derive(Default)]
 pub(crate) struct Merging {
     pub(crate) ids: Vec<u32>,
     /// merge_by_scans: what each token makes with the one after it, and the token.
     parts: Vec<(u32, u32)>,
     list: TokenList,
-    buckets: Buckets,
 }
 
 impl Merging {
-    /// Merges a piece in the way that suits it.
-    pub(crate) fn merge(&mut self, piece: &[u8], byte_ids: &[u32; 256], pairs: &PairTable) {
-        if piece.len() <= SCAN_BYTES {
-            self.merge_by_scans(piece, byte_ids, pairs);
-        } else if pairs.is_ordered {
-            self.merge_by_buckets(piece, byte_ids, pairs);
-        } else {
-            self.merge_by_heap(piece, byte_ids, pairs);
-        }
-    }
-
     /// Looks through all pairs for each merge: the quickest way for a few dozen bytes.
     pub(crate) fn merge_by_scans(&mut self, piece: &[u8], byte_ids: &[u32; 256], pairs: &PairTable) {
         let parts = &mut self.parts;
@@ -174,38 +252,52 @@ impl Merging {
         self.ids.extend(parts.iter().map(|&(_, token)| token));
     }
 
-    /// Takes the tokens to be made in the order of their ids: no merge ever makes one that comes before its own, so
-    /// that a bucket of positions for each token takes the place of a queue.
-    pub(crate) fn merge_by_buckets(&mut self, piece: &[u8], byte_ids: &[u32; 256], pairs: &PairTable) {
-        let (list, buckets) = (&mut self.list, &mut self.buckets);
-        list.fill(piece, byte_ids);
-        buckets.prepare(pairs.parts.len());
-        for (position, bytes) in piece.windows(2).enumerate() {
-            buckets.put(pairs.of_bytes(bytes[0], bytes[1]), position);
-        }
-        let mut next_id = 0;
-        while let Some(id) = buckets.take_first(next_id) {
-            let (left, right) = pairs.parts[id as usize];
-            if left == right {
-                buckets.taken.sort_unstable(); // in a run of one token, merges go from left to right
+    /// Finds the tokens from left to right instead of merging. Where the tokens are ordered, the result is the only
+    /// sequence of tokens for the piece in which each two neighbours stay apart:
+    ///
+    /// - Merges happen in the order of their ids, and equal ones from left to right. Up to the first merge across a
+    ///   border of a given sequence, all that happens in two neighbours is what happens in the two alone.
+    /// - So if that merge were across the border of two that stay apart, it would be one in the two alone, which there
+    ///   is not. With no merge across any border, each token is left as what its own bytes make: itself.
+    /// - And in the result no merge was across any border, so that each two neighbours stay apart.
+    ///
+    /// It holds for any first bytes of the piece alike: at most one sequence leads to a position. So one that is given
+    /// up is never met again, whichever tokens are tried, and the time is linear in the length, for tokens of bounded
+    /// length. The longest token comes first: it is nearly always the right one.
+    pub(crate) fn merge_by_search(&mut self, piece: &[u8], byte_ids: &[u32; 256], pairs: &PairTable, tree: &TokenTree) {
+        let ids = &mut self.ids;
+        // In a run of one character two questions come again and again: which token is the longest, and which the right
+        // one. What was seen to answer the first is kept unless it ends with the piece: more might have changed it.
+        let (mut seen, mut longest): (&[u8], u32) = (&[], NONE);
+        let mut known = ((NONE, NONE), NONE);
+        let mut start = 0;
+        while start < piece.len() {
+            let rest = &piece[start..];
+            if seen.is_empty() || !rest.starts_with(seen) {
+                let (found, num_seen) = tree.longest(rest, byte_ids);
+                (seen, longest) = (if num_seen < rest.len() { &rest[..num_seen] } else { &[] }, found);
             }
-            for i in 0..buckets.taken.len() {
-                let position = buckets.taken[i] as usize;
-                // A position can be older than the tokens that are there now.
-                if list.pair_at(position) != Some((left, right)) {
-                    continue;
+            let mut token = longest;
+            loop {
+                let last = ids.last().copied().unwrap_or(NONE);
+                let question = (last, token);
+                if question == known.0 {
+                    token = known.1;
                 }
-                list.merge_at(position, id);
-                if let Some((left, right)) = list.pair_at(position) {
-                    buckets.put(pairs.get(left, right), position);
+                while token != NONE && last != NONE && !pairs.stay_apart(last, token) {
+                    token = tree.shorter(token);
                 }
-                if let Some(previous) = list.previous(position) {
-                    buckets.put(pairs.get(list.token(previous), id), previous);
+                known = (question, token);
+                if token != NONE {
+                    break;
                 }
+                ids.pop();
+                start -= tree.len(last);
+                token = tree.shorter(last);
             }
-            next_id = id + 1;
+            ids.push(token);
+            start += tree.len(token);
         }
-        self.ids.extend(list.tokens());
     }
 
     /// Takes the merges from a queue, ordered by id and position: right for any vocabulary, and n log n.
@@ -258,11 +350,6 @@ impl TokenList {
         self.links[0].previous_len = 0;
     }
 
-    #[inline]
-    fn token(&self, position: usize) -> u32 {
-        self.links[position].token
-    }
-
     /// The token at `position` and the one after it. None: there is no token at `position`, or it is the last one.
     #[inline]
     fn pair_at(&self, position: usize) -> Option<Pair> {
@@ -293,57 +380,5 @@ impl TokenList {
 
     fn tokens(&self) -> impl Iterator<Item = u32> {
         self.links.iter().map(|link| link.token).filter(|&token| token != NONE)
-    }
-}
-
-/// A bucket of positions for each token, and which of them hold something.
-#[derive(Default)]
-struct Buckets {
-    /// The last entry of each bucket; all `NONE` between two pieces.
-    last: Vec<u32>,
-    /// A bit for each bucket.
-    filled: Vec<u64>,
-    /// (position, the entry before it in the same bucket)
-    entries: Vec<(u32, u32)>,
-    /// What was in the bucket that was taken last.
-    taken: Vec<u32>,
-}
-
-impl Buckets {
-    fn prepare(&mut self, num_tokens: usize) {
-        self.last.resize(num_tokens, NONE);
-        self.filled.resize(num_tokens.div_ceil(64), 0);
-        self.entries.clear();
-    }
-
-    /// Nothing is put anywhere where the id is `NONE`.
-    #[inline]
-    fn put(&mut self, id: u32, position: usize) {
-        if id != NONE {
-            let last = &mut self.last[id as usize];
-            let entry = mem::replace(last, self.entries.len() as u32);
-            self.entries.push((position as u32, entry));
-            self.filled[id as usize / 64] |= 1 << (id % 64);
-        }
-    }
-
-    /// Empties the first bucket from `from` on that holds something into `taken`, and returns its token.
-    fn take_first(&mut self, from: u32) -> Option<u32> {
-        let mut word = from as usize / 64;
-        let mut bits = self.filled.get(word)? & (u64::MAX << (from % 64));
-        while bits == 0 {
-            word += 1;
-            bits = *self.filled.get(word)?;
-        }
-        let id = word as u32 * 64 + bits.trailing_zeros();
-        self.filled[word] &= !(1 << (id % 64));
-        self.taken.clear();
-        let mut entry = mem::replace(&mut self.last[id as usize], NONE);
-        while entry != NONE {
-            let (position, before) = self.entries[entry as usize];
-            self.taken.push(position);
-            entry = before;
-        }
-        Some(id)
     }
 }
