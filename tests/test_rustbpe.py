@@ -363,7 +363,8 @@ def compare_splits(texts: list[str], pattern: str) -> int:
 def test_the_splitter_agrees_with_python_regular_expressions():
     """For a long run RUSTBPE_CASES sets the number of texts, and RUSTBPE_TEXTS names Parquet files with more of them.
 
-    cargo test compares with fancy-regex in the same way."""
+    cargo test compares with fancy-regex in the same way.
+    """
     files = os.environ.get("RUSTBPE_TEXTS", "").split()
     rng = random.Random(int(os.environ.get("RUSTBPE_SEED", "0")))
     num_pieces = 0
