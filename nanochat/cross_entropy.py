@@ -79,6 +79,16 @@ class _SoftcappedCrossEntropySum(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None, None
 
 
+def _drop_ignored(
+    x: torch.Tensor, targets: torch.Tensor, loss_weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The positions that have a loss; the arguments themselves where all have one, as in pretraining, or none."""
+    kept = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    if len(kept) in (0, len(targets)):
+        return x, targets, loss_weights
+    return x[kept], targets[kept], None if loss_weights is None else loss_weights[kept]
+
+
 def cross_entropy_sum(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -91,8 +101,11 @@ def cross_entropy_sum(
 
     x (N, C) states; weight (V, C) of the output layer; targets (N,) int64, IGNORE_INDEX for no loss; dtype of the
     matrix products; loss_weights (N,) float32, by which each loss is multiplied (constants; None is 1 everywhere).
-    Returns a float32 scalar in nats. Memory beyond the inputs: one chunk of logits and the gradients.
+    Returns a float32 scalar in nats. Memory beyond the inputs: one chunk of logits and the gradients. Positions without
+    a loss are left out of all products, except under torch.compile, which wants fixed shapes.
     """
+    if not torch.compiler.is_compiling():
+        x, targets, loss_weights = _drop_ignored(x, targets, loss_weights)
     if not torch.is_grad_enabled():
         losses = cross_entropy_each(x, weight, targets, cap, dtype)
         return (losses if loss_weights is None else losses * loss_weights).sum()

@@ -87,6 +87,20 @@ def test_without_targets_the_sum_is_zero_and_so_are_the_gradients():
     assert all(grad.abs().max() == 0 for grad in torch.autograd.grad(loss, (x, weight)))
 
 
+def test_positions_without_a_target_are_in_no_product(monkeypatch):
+    seen = []
+
+    def record(num_tokens: int, *sizes) -> int:
+        seen.append(num_tokens)
+        return chunk_tokens(num_tokens, *sizes)
+
+    monkeypatch.setattr(cross_entropy, "chunk_tokens", record)
+    x, weight, targets = example()
+    cross_entropy_sum(x, weight, targets, CAP, torch.float32, torch.ones(N)).backward()
+    assert seen == [(targets != -1).sum()]
+    assert x.grad[targets == -1].abs().max() == 0
+
+
 @pytest.mark.parametrize("frozen", ["x", "weight", "both"])
 def test_only_the_wanted_gradients_are_made(frozen):
     x, weight, targets = example()
