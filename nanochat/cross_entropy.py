@@ -102,7 +102,8 @@ def cross_entropy_sum(
     x (N, C) states; weight (V, C) of the output layer; targets (N,) int64, IGNORE_INDEX for no loss; dtype of the
     matrix products; loss_weights (N,) float32, by which each loss is multiplied (constants; None is 1 everywhere).
     Returns a float32 scalar in nats. Memory beyond the inputs: one chunk of logits and the gradients. Positions without
-    a loss are left out of all products, except under torch.compile, which wants fixed shapes.
+    a loss are left out of all products (the states of the others are copied then), except under torch.compile, which
+    wants fixed shapes.
     """
     if not torch.compiler.is_compiling():
         x, targets, loss_weights = _drop_ignored(x, targets, loss_weights)

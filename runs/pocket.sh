@@ -51,7 +51,7 @@ stage base_eval "eval_bundle/core.yaml $CHECKPOINT" "report/base_eval.json" \
     python -m scripts.base_eval --model_tag=d4
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Midtraining: conversations, multiple choice, the calculator, and some of the text lest it be forgotten; 1.9M tokens
+# Midtraining: conversations, multiple choice, the calculator, and some of the text lest it be forgotten; 2M tokens
 
 MID="mid_checkpoints/d4/meta_*.json"
 CHAT_EVAL="--batch_size=128 --max_new_tokens=160"

@@ -97,7 +97,7 @@ def test_positions_without_a_target_are_in_no_product(monkeypatch):
     monkeypatch.setattr(cross_entropy, "chunk_tokens", record)
     x, weight, targets = example()
     cross_entropy_sum(x, weight, targets, CAP, torch.float32, torch.ones(N)).backward()
-    assert seen == [(targets != -1).sum()]
+    assert seen == [int((targets != -1).sum())]
     assert x.grad[targets == -1].abs().max() == 0
 
 
