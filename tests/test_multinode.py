@@ -235,10 +235,11 @@ stage train "" "meta_*.json" on_all_gpus --resume=auto
 
 
 def start_recipe(folder: Path, host: int, base: Path, **environment: str) -> subprocess.Popen:
-    (folder / "recipe.sh").write_text(RECIPE.format(stage_sh=ROOT / "runs" / "stage.sh"), encoding="utf-8")
+    recipe = folder / f"recipe{host}.sh"  # a file of its own: bash may still be reading that of another host
+    recipe.write_text(RECIPE.format(stage_sh=ROOT / "runs" / "stage.sh"), encoding="utf-8")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {"PATH": path, "HOME": "/", "LOG": str(folder / "log"), "HOST": str(host), "NANOCHAT_BASE_DIR": str(base)}
-    return subprocess.Popen(["bash", folder / "recipe.sh"], env={**env, **environment}, start_new_session=True)
+    return subprocess.Popen(["bash", recipe], env={**env, **environment}, start_new_session=True)
 
 
 def run_recipe_on_two_hosts(folder: Path, *bases: Path) -> list[str]:
