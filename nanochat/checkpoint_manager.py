@@ -31,6 +31,7 @@ from nanochat.common import (
     gather_objects,
     get_base_dir,
     get_dist_info,
+    hold_lock,
     is_writer,
     print0,
 )
@@ -56,6 +57,7 @@ FREE_SETTINGS = (
     *("run", "resume", "device_type", "device_batch_size", "compile", "tokenized_cache"),
     *("eval_", "sample_", "save_", "log_", "core_metric_", "plan"),
 )
+CLAIM_SECONDS = 10.0  # a run that was told to stop may need so long to be gone
 
 
 def checkpoint_root(source: str) -> Path:
@@ -365,10 +367,11 @@ def resume_training(
 
     What a new run replaces is removed. origin: the checkpoint and the data that the run starts from. Where the newest
     checkpoint has the right size but cannot be read, the one before is taken. Every rank must call. Raises UserError
-    as find_resume_step does, and where no checkpoint can be read: that they are lost is the user's to say.
+    as claim_run and find_resume_step do, and where no checkpoint can be read: that they are lost is the user's to say.
     """
     if config.save_keep == 0:
         raise UserError("--save_keep=0 would keep no checkpoint: 1 or more are wanted, or -1 for all")
+    claim_run(checkpoint_dir, config)
     check_same("the tokenizer", tokenizer.hash)
     check_same("the data", origin)
     step = find_resume_step(checkpoint_dir, config, config.resume, tokenizer, origin)
@@ -400,6 +403,24 @@ def resume_training(
     return step, meta
 
 
+def claim_run(checkpoint_dir: str | Path, config: Any) -> None:
+    """Keep other runs out of a folder of checkpoints until this one ends. Every rank must call.
+
+    Raises UserError, on all ranks, where another run trains there: the two would replace each other's checkpoints.
+    """
+    is_free = not is_writer() or hold_lock(Path(checkpoint_dir) / ".run", CLAIM_SECONDS)
+    if not all(gather_objects(is_free)):
+        raise UserError(
+            f"another run is training in {checkpoint_dir}: wait for its end, or train beside it with "
+            f"{_other_folder(config)}"
+        )
+
+
+def _other_folder(config: Any) -> str:
+    """The setting by which a training script writes to another folder."""
+    return f"--{'output_tag' if hasattr(config, 'output_tag') else 'model_tag'}=NAME"
+
+
 def find_resume_step(
     checkpoint_dir: str | Path, config: Any, resume: str, tokenizer: Any, origin: dict[str, Any] | None = None
 ) -> int | None:
@@ -415,8 +436,7 @@ def find_resume_step(
     if step is None:
         return None
     meta = read_meta(checkpoint_dir, step)
-    tag = "output_tag" if hasattr(config, "output_tag") else "model_tag"
-    anew = f"--resume=never starts anew and replaces it, --{tag}=NAME leaves it alone"
+    anew = f"--resume=never starts anew and replaces it, {_other_folder(config)} leaves it alone"
     saved, current = meta.get("user_config", {}), asdict(config)
     names = [name for name in {**saved, **current} if not name.startswith(FREE_SETTINGS)]
     changed = [f"{n}={saved.get(n)} there, {current.get(n)} here" for n in names if saved.get(n) != current.get(n)]

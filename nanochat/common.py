@@ -16,6 +16,7 @@ What a kind of device wants is decided here and nowhere else:
 """
 
 import contextlib
+import errno
 import functools
 import os
 import sys
@@ -123,6 +124,7 @@ def autodetect_device_type() -> str:
 
 
 _is_writer: bool | None = None  # found by compute_init where there are several hosts
+_held_locks: dict[str, FileLock] = {}  # by hold_lock, until compute_cleanup
 
 
 def compute_init(device_type: str = "", seed: int = 42) -> Runtime:
@@ -190,9 +192,11 @@ def _sees_directory_first() -> bool:
 
 
 def compute_cleanup() -> None:
-    """Take the process group down if there is one."""
+    """Take the process group down if there is one, and release what hold_lock holds."""
     global _is_writer
     _is_writer = None
+    while _held_locks:
+        _held_locks.popitem()[1].release()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -553,3 +557,22 @@ def file_lock(path: str | Path) -> FileLock:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(f"{path}.lock")
+
+
+def hold_lock(path: str | Path, timeout: float) -> bool:
+    """Take file_lock(path) until compute_cleanup or the process's end; False where it did not come within timeout s.
+
+    A process that holds it already keeps it. On a file system that has no locks everybody gets it. Local.
+    """
+    lock = file_lock(path)
+    if lock.lock_file in _held_locks:
+        return True
+    try:
+        lock.acquire(timeout=timeout)
+        _held_locks[lock.lock_file] = lock
+    except TimeoutError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    return True

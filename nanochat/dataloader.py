@@ -151,14 +151,18 @@ def shard_identities(split: str) -> list[str]:
 
 def check_shards(saved: list[str], current: list[str]) -> None:
     """Raise UserError unless the shards that a run began with are there, unchanged and first; more may have come."""
-    if current[: len(saved)] != saved:
-        changed = next(
-            (s for s, c in zip(saved, current, strict=False) if s != c), saved[min(len(saved) - 1, len(current))]
-        )
-        raise UserError(
-            f"the data has changed since the run began ({changed.split(':')[0]} is not what it was): put it back, or "
-            "start anew with --resume=never"
-        )
+    if current[: len(saved)] == saved:
+        return
+    first = next((s for s in saved if s not in current), None)  # None where others have come before or between them
+    first = first or next(s for s, c in zip(saved, current, strict=False) if s != c)
+    name = first.split(":")[0]
+    if name in (shard.split(":")[0] for shard in current):
+        what = f"{name} is not what it was, or not where it was among the shards"
+    else:
+        what = f"{name} is no longer a training shard; the last one is the validation shard"
+    raise UserError(
+        f"the data has changed since the run began ({what}): put it back, or start anew with --resume=never"
+    )
 
 
 def check_lanes(num_groups: int, data_lanes: int, world_size: int, what: str, more: str = "") -> None:

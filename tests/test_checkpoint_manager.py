@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ByteTokenizer, random_tokens, randomized_model
+from test_distributed import run_ranks
 
 from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import (
@@ -33,7 +34,7 @@ from nanochat.checkpoint_manager import (
     save_training,
     update_meta,
 )
-from nanochat.common import UserError
+from nanochat.common import Runtime, UserError, compute_cleanup, file_lock
 from nanochat.gpt import GPT
 from nanochat.train import TrainMeter, accumulate_gradients, step_optimizers
 
@@ -541,6 +542,28 @@ def test_where_no_checkpoint_can_be_read_none_is_removed(tmp_path):
     with pytest.raises(UserError, match="optim_000004.pt cannot be read"):
         Run().resume(tmp_path)
     assert complete_steps(tmp_path) == [4]
+
+
+def resume_beside_another_run(runtime: Runtime, folder: Path) -> str:
+    """What the ranks of a second run are told."""
+    checkpoint_manager.CLAIM_SECONDS = 0.1
+    with pytest.raises(UserError) as error:
+        Run().resume(folder, resume="never")
+    return str(error.value)
+
+
+def test_a_second_run_leaves_the_folder_of_the_first_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_manager, "CLAIM_SECONDS", 0.1)
+    Run().save(tmp_path, 4)
+    assert Run().resume(tmp_path)[0] == 4  # it trains from here on, and may look again
+    assert Run().resume(tmp_path)[0] == 4
+    line = f"another run is training in {tmp_path}: wait for its end, or train beside it with --model_tag=NAME"
+    assert run_ranks(2, resume_beside_another_run, tmp_path) == [line] * 2
+    assert complete_steps(tmp_path) == [4]
+    compute_cleanup()
+    with file_lock(tmp_path / ".run"):
+        assert "another run" in resume_beside_another_run(None, tmp_path)
+    assert Run().resume(tmp_path)[0] == 4
 
 
 def test_a_run_that_failed_after_a_checkpoint_says_so_when_it_goes_on_from_it(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What everything stands on, on one process: errors, devices, collectives, output, files."""
 
+import contextlib
 import errno
 import os
 import stat
@@ -347,6 +348,31 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
         f.write("half of the new")
         raise error
     assert path.read_text(encoding="utf-8") == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def lock_elsewhere(path: Path) -> bool:
+    """Whether another process gets the lock."""
+    code = f"from nanochat.common import hold_lock; print(hold_lock({str(path)!r}, 0))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=120)
+    return {"True\n": True, "False\n": False}[result.stdout]
+
+
+def test_a_held_lock_is_released_with_the_process_group(tmp_path):
+    path = tmp_path / "folder" / "thing"
+    assert common.hold_lock(path, 0) and common.hold_lock(path, 0)
+    assert not lock_elsewhere(path)
+    common.compute_cleanup()
+    assert lock_elsewhere(path)
+
+
+@pytest.mark.parametrize(("number", "is_known"), [(errno.ENOLCK, True), (errno.EOPNOTSUPP, True), (errno.EIO, False)])
+def test_where_there_are_no_locks_everybody_gets_them(tmp_path, monkeypatch, number, is_known):
+    def acquire(self, timeout):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(common.FileLock, "acquire", acquire)
+    with contextlib.nullcontext() if is_known else pytest.raises(OSError, match="I/O|Input/output"):
+        assert common.hold_lock(tmp_path / "thing", 0)
 
 
 def test_a_lock_is_held_by_one_at_a_time(tmp_path):

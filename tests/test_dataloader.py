@@ -1,5 +1,6 @@
 """The loaders: rows against a naive stream per lane, resumption, the token cache, errors, padded rows, the thread."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ from nanochat.dataloader import (
     Batch,
     Row,
     check_lanes,
+    check_shards,
     conversation_data_loader,
     count_conversations,
     count_targets,
@@ -100,6 +102,23 @@ def test_rows_are_those_of_the_naive_streams_over_several_epochs(shards, split, 
     rows = as_rows(batches(12, split))
     assert rows == naive_rows(texts, 12 * B)
     assert batches(12, split)[-1].cursors[0]["epoch"] > 0
+
+
+@pytest.mark.parametrize(
+    ("current", "message"),
+    [
+        (["a:1", "b:2", "c:3"], None),
+        (["a:1", "b:2", "c:3", "d:4"], None),
+        (["a:1", "b:9", "c:3"], "b is not what it was"),
+        (["a:1", "c:3"], "b is no longer a training shard"),
+        (["a:1", "b:2"], "c is no longer a training shard; the last one is the validation shard"),
+        ([], "a is no longer a training shard"),
+        (["a:1", "aa:5", "b:2", "c:3"], "b is not what it was, or not where it was"),
+    ],
+)
+def test_a_run_goes_on_with_the_shards_that_it_began_with(current, message):
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_shards(["a:1", "b:2", "c:3"], current)
 
 
 def test_shapes_and_types(shards):
