@@ -37,6 +37,7 @@ import pyarrow.parquet as pq
 from nanochat.common import Progress, UserError, atomic_write, user_errors
 from nanochat.configurator import opt, parse
 from nanochat.dataset import shard_name
+from nanochat.tokenizer import well_formed
 
 SUFFIXES = (".parquet", ".jsonl", ".txt")
 PARQUET_EXPANSION = 4  # bytes of text in a byte of compressed parquet, roughly
@@ -79,11 +80,11 @@ def find_files(folder: Path) -> list[Path]:
 def read_documents(path: Path, column: str) -> Iterator[str | None]:
     """The documents of a file; a null and an absent key are None. Raises UserError naming the file."""
     if path.suffix == ".txt":
-        yield path.read_text(encoding="utf-8")
+        yield _decode(path.read_bytes(), str(path)).replace("\r\n", "\n").replace("\r", "\n")
     elif path.suffix == ".jsonl":
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                yield _text_of(line, column, f"{path}:{number}")
+                yield _text_of(_decode(line, f"{path}:{number}"), column, f"{path}:{number}")
     else:
         try:
             with pq.ParquetFile(path) as file:
@@ -93,6 +94,13 @@ def read_documents(path: Path, column: str) -> Iterator[str | None]:
             raise UserError(f"{path}: the column `{column}` cannot be read ({error}); see --column") from None
 
 
+def _decode(content: bytes, place: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: the text is not UTF-8 (byte {error.start:,}); convert it with iconv") from None
+
+
 def _text_of(line: str, key: str, place: str) -> str | None:
     try:
         text = json.loads(line).get(key)
@@ -100,7 +108,7 @@ def _text_of(line: str, key: str, place: str) -> str | None:
         raise UserError(f"{place}: a JSON object is wanted") from None
     if text is not None and not isinstance(text, str):
         raise UserError(f"{place}: {key!r} is no string; see --column")
-    return text
+    return text and well_formed(text)  # JSON can spell half a surrogate pair, which is no character
 
 
 # ---------------------------------------------------------------------------------------------------------------------

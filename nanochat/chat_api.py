@@ -7,8 +7,9 @@
     GET  /stats                 numbers of requests and tokens, see serving.Pool.stats
 
 Of a request these fields count; others are ignored:
-    messages          roles system (or developer), user, assistant; content: text, or a list of {"type": "text"} parts.
-                      An assistant's may be the parts of conversation.py, tool calls included
+    messages          roles system (or developer), user, assistant, the last two in turns; content: text, or a list of
+                      {"type": "text"} parts. An assistant's may be the parts of conversation.py, tool calls included.
+                      At most 500, of 8,000 characters each where they are not the assistant's, 32,000 in all
     model             the name that /v1/models gives, or "nanochat", or nothing
     temperature, seed, stop, max_tokens (or max_completion_tokens), stream, stream_options.include_usage
     n                 1
@@ -183,8 +184,10 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
     if messages[-1]["role"] != "user":
         raise ApiError(400, "the last message must be the user's: it is what the reply answers", "messages")
     lengths = [_num_chars(message["content"]) for message in messages]
-    if max(lengths) > MAX_MESSAGE_CHARS:
-        index = lengths.index(max(lengths))
+    # a reply may be as long as the model made it: what was sent is taken back
+    asked = {i: n for i, (m, n) in enumerate(zip(messages, lengths, strict=True)) if m["role"] != "assistant"}
+    index = max(asked, key=asked.get)
+    if asked[index] > MAX_MESSAGE_CHARS:
         text = f"message {index} has {lengths[index]:,} characters: at most {MAX_MESSAGE_CHARS:,} are taken"
         raise ApiError(400, text, "messages")
     if sum(lengths) > MAX_CONVERSATION_CHARS:

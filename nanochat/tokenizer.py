@@ -52,7 +52,11 @@ SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-BOS_NAMES = ("<|bos|>", "<|endoftext|>", "<|begin_of_text|>", "<s>")  # ours, then those of models of other makers
+# Ours, then those of models of other makers
+BOS_NAMES = (
+    *("<|bos|>", "<|endoftext|>", "<|begin_of_text|>", "<s>", "<bos>", "<BOS_TOKEN>"),
+    "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
+)
 HOW_TO_TRAIN = "run python -m scripts.tok_train"
 
 
@@ -111,7 +115,7 @@ class Tokenizer(ABC):
         """
         if not isinstance(text, str | list):
             raise TypeError(f"text to encode must be a str or a list of str, not {type(text).__name__}")
-        texts = [_well_formed(t) for t in ([text] if isinstance(text, str) else text)]
+        texts = [well_formed(t) for t in ([text] if isinstance(text, str) else text)]
         before = [] if prepend is None else [self._as_id(prepend)]
         after = [] if append is None else [self._as_id(append)]
         rows = self._encode_texts(texts)
@@ -131,7 +135,7 @@ class Tokenizer(ABC):
         try:
             return self._encode_flat(texts, first)
         except UnicodeEncodeError:  # looked for only where there are some: the look takes longer than the encoding
-            return self._encode_flat([_well_formed(text) for text in texts], first)
+            return self._encode_flat([well_formed(text) for text in texts], first)
 
     def encode_special(self, token: str) -> int:
         """The id of a special token by its name; ValueError where there is none of that name."""
@@ -141,9 +145,13 @@ class Tokenizer(ABC):
         return ids[token]
 
     def get_bos_token_id(self) -> int:
-        """The id of the token that begins a document."""
+        """The id of the token that begins a document. Raises UserError where there is none of a known name."""
         ids = self.special_ids
-        return self.encode_special(next((name for name in BOS_NAMES if name in ids), BOS_NAMES[0]))
+        name = next((name for name in BOS_NAMES if name in ids), None)
+        if name is None:
+            has = f"it has {', '.join(ids)}" if ids else "it has no special tokens"
+            raise UserError(f"the tokenizer has no token to begin a document, {', '.join(BOS_NAMES)}: {has}")
+        return ids[name]
 
     def get_special_tokens(self) -> list[str]:
         """The names of the special tokens, ordered by id."""
@@ -286,7 +294,7 @@ class RustBPETokenizer(Tokenizer):
         # Nothing allowed and nothing disallowed is encode_ordinary, without the detour by a list. It makes something
         # of its own of lone surrogates.
         rows = [
-            self.encoding.encode_to_numpy(_well_formed(text), allowed_special=set(), disallowed_special=())
+            self.encoding.encode_to_numpy(well_formed(text), allowed_special=set(), disallowed_special=())
             for text in texts
         ]
         return _joined(rows, first, self.get_vocab_size())
@@ -369,7 +377,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode_flat(self, texts: list[str], first: int | None) -> tuple[np.ndarray, np.ndarray]:
-        rows = self._encode_texts([_well_formed(text) for text in texts])
+        rows = self._encode_texts([well_formed(text) for text in texts])
         return _joined(rows, first, self.get_vocab_size())
 
 
@@ -541,7 +549,7 @@ def _joined(rows: list[Any], first: int | None, vocab_size: int) -> tuple[np.nda
     return ids, offsets
 
 
-def _well_formed(text: str) -> str:
+def well_formed(text: str) -> str:
     """The text with surrogate pairs joined to the character that they mean and lone surrogates as U+FFFD."""
     try:
         text.encode("utf-8")  # quick, and nearly always all there is to do

@@ -65,13 +65,15 @@ class HFModel(torch.nn.Module):
 def load_hf_model(path: str, device: torch.device) -> tuple[HFModel, HuggingFaceTokenizer]:
     """A Hugging Face model in float32 and its tokenizer, from a local folder or the hub.
 
-    Raises UserError when transformers is not installed, and when there is no such model.
+    Raises UserError when transformers is not installed, when there is no such model, and when its tokenizer has no
+    token to begin a document.
     """
     try:
         from transformers import AutoModelForCausalLM  # no dependency of the project
     except ImportError:
         raise UserError(f"--hf_path={path} needs transformers: run `uv pip install transformers`") from None
     tokenizer = HuggingFaceTokenizer.from_pretrained(path)
+    tokenizer.get_bos_token_id()  # a tokenizer that has none should be missed before the model is loaded
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:

@@ -75,10 +75,9 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        raise UserError(
-            f"cannot listen on {host}, port {port} ({error.strerror}): choose another --port or --host"
-        ) from None
+    except (OSError, UnicodeError) as error:  # UnicodeError is for a name that cannot be one
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen on {host}, port {port} ({reason}): choose another --port or --host") from None
     return listener
 
 

@@ -28,7 +28,7 @@ import requests
 from chat_server import ChatServer, ScriptedBatch, byte_tokenizer
 from conftest import randomized_model, tiny_config
 
-from nanochat.chat_api import MAX_BODY_BYTES, StopFinder
+from nanochat.chat_api import MAX_BODY_BYTES, Settings, StopFinder, parse_request
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import UserError, get_base_dir
 from nanochat.engine import GenerationBatch, Request
@@ -657,6 +657,19 @@ def test_a_taken_port_is_one_line(server, capsys):
         chat_web.main(chat_web.Config(port=server.port))
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"port {server.port}" in error and "choose another --port" in error
+
+
+@pytest.mark.parametrize("host", ["192.168..1", ".", "a" * 70, "no.such.host.invalid"])
+def test_a_host_that_is_none_is_one_line(host):
+    with pytest.raises(UserError, match=re.escape(f"cannot listen on {host}, port 0")):
+        chat_web.listen(host, 0)
+
+
+def test_a_reply_is_taken_back_however_long_it_was():
+    """The model's own limit is in tokens: what it said must not end the conversation."""
+    messages = [*user("x"), {"role": "assistant", "content": "y" * 9_000}, *user("z" * 8_000)]
+    body = json.dumps({"messages": messages}).encode()
+    assert parse_request(body, Settings(), "test").messages == messages
 
 
 def start_program() -> subprocess.Popen:

@@ -112,6 +112,27 @@ def test_bad_lines_are_named(corpus, tmp_path, capsys):
     assert "b.jsonl:2: 'text' is no string" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [("c.txt", "né".encode("latin-1"), "c.txt"), ("c.jsonl", b'{"text": "a"}\n{"text": "n\xe9"}\n', "c.jsonl:2")],
+)
+def test_what_is_not_utf8_is_named(tmp_path, capsys, name, content, place):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(content)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "in", tmp_path / "out")
+    assert f"{place}: the text is not UTF-8" in capsys.readouterr().err
+
+
+def test_bytes_that_are_no_text_are_left_out_or_replaced(tmp_path):
+    """A byte order mark, the line ends of other systems, half a surrogate pair."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree")
+    (tmp_path / "in" / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "half \\ud83d"}\r\n{"text": "\\ud83d\\ude00"}\r\n')
+    texts = [text for group in run(tmp_path / "in", tmp_path / "out", row_group_size=1) for text in group]
+    assert sorted(texts) == sorted(["one\ntwo\nthree", "half \ufffd", "😀"])
+
+
 def test_existing_shards_are_not_overwritten(corpus, tmp_path, capsys):
     run(corpus, tmp_path / "out")
     with pytest.raises(SystemExit):

@@ -86,6 +86,17 @@ def test_three_encoders_give_equal_ids(tokenizer: RustBPETokenizer, folder: Path
         assert tokenizer.decode(ids) == text
 
 
+@pytest.mark.parametrize("bos", ["<s>", "<bos>", "<｜begin▁of▁sentence｜>"])
+def test_a_document_begins_as_the_maker_of_a_tokenizer_says(bos):
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.add_special_tokens(["<pad>", bos])
+    assert HuggingFaceTokenizer(theirs).get_bos_token_id() == 1
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.add_special_tokens(["<pad>", "<eos>"])
+    with pytest.raises(UserError, match="no token to begin a document.* it has <pad>, <eos>"):
+        HuggingFaceTokenizer(theirs).get_bos_token_id()
+
+
 def test_hugging_face_class_has_the_same_results(tokenizer: RustBPETokenizer, folder: Path) -> None:
     theirs = HuggingFaceTokenizer.from_pretrained(str(folder))
     assert theirs.encode(TEXTS, prepend="<|bos|>") == tokenizer.encode(TEXTS, prepend="<|bos|>")

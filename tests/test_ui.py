@@ -265,6 +265,85 @@ def test_former_chats_are_listed_opened_and_deleted(page):
     expect(page.locator("#welcome")).to_be_visible()
 
 
+def stored_chats(page: Page) -> int:
+    """How many chats the browser keeps."""
+    return page.evaluate("Object.keys(localStorage).length")
+
+
+def test_a_chat_deleted_while_its_reply_comes_stays_deleted(page, server):
+    send(page, "slow forever")
+    expect(page.locator(".writing .body")).to_have_text(re.compile("on and"))
+    page.get_by_role("button", name="Chats", exact=True).click()
+    page.get_by_role("button", name="Delete the chat: slow forever").click()
+    expect(page.get_by_role("dialog")).to_contain_text("There are none yet.")
+    page.keyboard.press("Escape")
+    server.wait_until(lambda stats: not stats["in_flight"])
+    page.reload()
+    expect(page.locator("#welcome")).to_be_visible()
+    assert stored_chats(page) == 0
+
+
+@pytest.mark.parametrize("text", ["hello", "slow forever"])
+def test_a_chat_that_another_tab_deletes_stays_deleted(page, context, server, text):
+    send(page, text)
+    expect(last(page)).to_contain_text(re.compile("on and|You said"))
+    other = open_page(context, server)
+    other.get_by_role("button", name="Chats", exact=True).click()
+    other.get_by_role("button", name=f"Delete the chat: {text}").click()
+    page.wait_for_function("chat.isDeleted")
+    page.close()
+    assert stored_chats(other) == 0
+
+
+def test_what_is_said_in_a_deleted_chat_is_kept_again(page, context, server):
+    say(page, "hello")
+    other = open_page(context, server)
+    other.evaluate("localStorage.clear()")
+    other.evaluate("localStorage.removeItem(PREFIX + chat.id)")
+    say(page, "again")
+    assert stored_chats(other) == 1
+
+
+def test_a_browser_that_forbids_storage(context, server):
+    for storage in ("localStorage", "sessionStorage"):
+        denied = "() => { throw new DOMException('denied', 'SecurityError'); }"
+        context.add_init_script(f"Object.defineProperty(window, '{storage}', {{ get: {denied} }});")
+    page = open_page(context, server)
+    expect(page.locator("#welcome")).to_be_visible()
+    expect(page.locator("#warning")).to_be_hidden()
+    say(page, "hello")
+    expect(page.locator("#warning")).to_contain_text("cannot keep the chat")
+    page.get_by_role("button", name="Chats", exact=True).click()
+    expect(page.get_by_role("dialog")).to_contain_text("There are none yet.")
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="New chat").click()
+    expect(page.locator("#welcome")).to_be_visible()
+    say(page, "hello again")
+    assert messages(page) == ["hello again", "You said: hello again"]
+
+
+def test_a_browser_that_is_full_says_so_until_it_is_not(page):
+    page.evaluate(
+        "try { for (let n = 1 << 20; n; ) { try { localStorage['x' + n + Math.random()] = 'x'.repeat(n); }"
+        " catch { n >>= 1; } } } catch {}"
+    )
+    say(page, "hello")
+    expect(page.locator("#warning")).to_be_visible()
+    page.evaluate("localStorage.clear()")
+    say(page, "again")
+    expect(page.locator("#warning")).to_be_hidden()
+
+
+def test_an_enter_that_ends_a_composition_sends_nothing(page):
+    """Safari sends it after compositionend, with the key code 229."""
+    page.locator("#input").fill("こん")
+    press = "new KeyboardEvent('keydown', {{key: 'Enter', keyCode: {}, bubbles: true, cancelable: true}})"
+    page.evaluate(f"document.querySelector('#input').dispatchEvent({press.format(229)})")
+    assert messages(page) == []
+    page.evaluate(f"document.querySelector('#input').dispatchEvent({press.format(13)})")
+    expect(page.locator(".done .body")).to_have_text("You said: こん")
+
+
 def test_a_new_chat_leaves_a_reply_that_is_under_way(page, server):
     send(page, "slow forever")
     expect(page.locator(".writing .body")).to_have_text(re.compile("on and"))
@@ -377,7 +456,7 @@ def test_a_screen_reader_hears_a_reply_once(page):
     assert page.get_by_role("heading", name="You", exact=True).count() == 1
     assert page.get_by_role("main", name="Conversation").count() == 1
     live = page.locator("[aria-live], [role=log], [role=alert], [role=status]")
-    assert live.evaluate_all("nodes => nodes.map((node) => node.id)") == ["status"]
+    assert live.evaluate_all("nodes => nodes.map((node) => node.id)") == ["warning", "status"]
 
 
 @pytest.mark.parametrize(
