@@ -59,12 +59,14 @@ stage report_reset "" "report/header.json" python -m nanochat.report reset
 #   54B characters / 250M characters a shard                                = 216 shards, and some to spare: 240
 #
 # A shard is about 100 MB, so that is 24 GB. The first eight (2B characters) are enough for the tokenizer; the others
-# arrive while it trains. A base_data/ with parquet files of one's own, without a source.json, is used as it is.
+# arrive while it trains. A base_data/ that one has filled oneself is used as it is: with parquet files of one's own,
+# without a source.json, or by `python -m nanochat.dataset` from another source.
 
 NUM_SHARDS=${NUM_SHARDS:-240}
 TEXT="$NANOCHAT_BASE_DIR/base_data"
 DOWNLOAD=
-if ls "$TEXT"/*.parquet >/dev/null 2>&1 && ! ls "$TEXT"/source.json* >/dev/null 2>&1; then
+if ls "$TEXT"/*.parquet >/dev/null 2>&1 && ! grep -qsE '"source": "(fineweb-edu|pocket)"' "$TEXT"/source.json &&
+    ! [ -e "$TEXT/source.json.unfinished" ]; then
     echo "training on your own parquet files in $TEXT"
 elif [ "$IS_WRITER" = 1 ]; then # otherwise another host fills the folder that they share
     python -m nanochat.dataset -n 8
@@ -106,7 +108,7 @@ stage base_eval "eval_bundle/core.yaml $CHECKPOINT" "report/base_eval.json" \
 # data are fetched from the hub by the stages that need them
 
 MID="mid_checkpoints/d$DEPTH/meta_*.json"
-stage mid_train "$CHECKPOINT $DATA" "$MID" \
+stage mid_train "$CHECKPOINT" "$MID" \
     on_all_gpus -m scripts.mid_train -- --model_tag="d$DEPTH" --device_batch_size="$DEVICE_BATCH_SIZE" $LANES \
     --data="$DATA" --save_every=250 --run="$WANDB_RUN" --resume=auto
 stage chat_eval_mid "$MID" "report/chat_eval_mid.json" \
@@ -116,7 +118,7 @@ stage chat_eval_mid "$MID" "report/chat_eval_mid.json" \
 # Supervised finetuning: one epoch of 23K conversations, each in a row of its own, as it will be in a chat
 
 SFT="chatsft_checkpoints/d$DEPTH/meta_*.json"
-stage chat_sft "$MID $DATA" "$SFT" \
+stage chat_sft "$MID" "$SFT" \
     on_all_gpus -m scripts.chat_sft -- --model_tag="d$DEPTH" --data="$DATA" --save_every=250 --run="$WANDB_RUN" \
     --resume=auto
 stage chat_eval_sft "$SFT" "report/chat_eval_sft.json" \

@@ -6,8 +6,9 @@
                                 metrics.jsonl     what was measured on the way
 
 Each file is written to a temporary name and renamed. The metadata records the sizes of the others, so that a file cut
-short by a full disk or a crash is never taken for a checkpoint: the one before is used, with a warning. Weights load
-with weights_only=True: a checkpoint cannot execute anything.
+short by a full disk or a crash is never taken for a checkpoint: the one before is used, with a warning. Without its
+optimizer state a checkpoint serves for everything but going on with its training. Weights load with weights_only=True:
+a checkpoint cannot execute anything.
 
 Hosts that share no disk have all of it each (common.is_writer), and go on from the last step that none of them lacks.
 """
@@ -128,7 +129,7 @@ def prune_checkpoints(checkpoint_dir: str | Path, keep: int) -> None:
     folder = Path(checkpoint_dir)
     if keep < 0 or not is_writer():
         return
-    for step in complete_steps(folder)[:-keep] if keep else []:
+    for step in complete_steps(folder, resumable=True)[:-keep] if keep else []:
         remove_checkpoint(folder, step)
 
 
@@ -148,6 +149,11 @@ def _meta_path(folder: Path, step: int) -> Path:
     return folder / f"meta_{step:06d}.json"
 
 
+def _meta_of(weights: Path) -> Path:
+    """The path of the metadata that a model_<step>.pt has beside it."""
+    return weights.with_name(weights.name.replace("model_", "meta_", 1)).with_suffix(".json")
+
+
 def read_meta(checkpoint_dir: str | Path, step: int) -> dict[str, Any]:
     """The metadata of a checkpoint. Raises UserError where there is none or it cannot be read."""
     path = _meta_path(Path(checkpoint_dir), step)
@@ -162,14 +168,17 @@ def read_meta(checkpoint_dir: str | Path, step: int) -> dict[str, Any]:
         raise UserError(f"{path} is no checkpoint metadata: {error}; remove it to use another step") from None
 
 
-def complete_steps(checkpoint_dir: str | Path) -> list[int]:
-    """The steps of all complete checkpoints in a folder, ascending. Files cut short are reported and left out."""
+def complete_steps(checkpoint_dir: str | Path, resumable: bool = False) -> list[int]:
+    """The steps of all checkpoints in a folder whose weights are whole, ascending; resumable: and all else, too.
+
+    Those that are left out are reported.
+    """
     steps = []
     folder = Path(checkpoint_dir)
     for path in folder.glob("model_*.pt") if folder.is_dir() else []:
         match = re.fullmatch(r"model_(\d+)\.pt", path.name)
-        if match and _meta_path(folder, int(match[1])).exists():
-            problem = _damage(folder, int(match[1]))
+        if match and _meta_of(path).exists():
+            problem = _damage(folder, int(match[1]), resumable)
             if problem:
                 print0(f"warning: checkpoint {int(match[1])} in {folder} is not used: {problem}")
             else:
@@ -177,14 +186,16 @@ def complete_steps(checkpoint_dir: str | Path) -> list[int]:
     return sorted(steps)
 
 
-def _damage(folder: Path, step: int) -> str | None:
-    """What is wrong with the files of a checkpoint, or None."""
+def _damage(folder: Path, step: int, resumable: bool) -> str | None:
+    """What is wrong with the files of a checkpoint, or None. The optimizer state counts where it is to be resumable."""
     try:
         with open(_meta_path(folder, step), encoding="utf-8") as f:
             sizes = json.load(f).get("files", {})
     except (ValueError, OSError):
         return "its metadata cannot be read"
     for name, size in sizes.items():
+        if name.startswith("optim_") and not resumable:
+            continue
         found = (folder / name).stat().st_size if (folder / name).exists() else 0
         if found != size:
             return f"{name} has {found} of {size} bytes"
@@ -224,7 +235,7 @@ def load_checkpoint(
     """(model_data, optimizer_data or None, meta_data) of a checkpoint, tensors on the device. Local."""
     folder = Path(checkpoint_dir)
     meta = read_meta(folder, step)
-    problem = _damage(folder, step)
+    problem = _damage(folder, step, load_optimizer)
     if problem:
         raise UserError(f"checkpoint {step} in {folder} is damaged: {problem}; choose another --step")
     model_data = _load_tensors(folder / f"model_{step:06d}.pt", device)
@@ -365,9 +376,10 @@ def resume_training(
 ) -> tuple[int, dict[str, Any]]:
     """(step, meta_data) from which a run goes on, with its state in model, optimizers and meter; (0, {}) for a new run.
 
-    What a new run replaces is removed. origin: the checkpoint and the data that the run starts from. Where the newest
-    checkpoint has the right size but cannot be read, the one before is taken. Every rank must call. Raises UserError
-    as claim_run and find_resume_step do, and where no checkpoint can be read: that they are lost is the user's to say.
+    What a new run replaces stays until it saves (guard.Saver). origin: the checkpoint and the data that the run starts
+    from. Where the newest checkpoint has the right size but cannot be read, the one before is taken. Every rank must
+    call. Raises UserError as claim_run and find_resume_step do, and where no checkpoint can be read: that they are lost
+    is the user's to say.
     """
     if config.save_keep == 0:
         raise UserError("--save_keep=0 would keep no checkpoint: 1 or more are wanted, or -1 for all")
@@ -376,7 +388,6 @@ def resume_training(
     check_same("the data", origin)
     step = find_resume_step(checkpoint_dir, config, config.resume, tokenizer, origin)
     if step is None:
-        clear_checkpoints(checkpoint_dir)
         return 0, {}
     while True:
         problem = ""
@@ -408,11 +419,12 @@ def claim_run(checkpoint_dir: str | Path, config: Any) -> None:
 
     Raises UserError, on all ranks, where another run trains there: the two would replace each other's checkpoints.
     """
-    is_free = not is_writer() or hold_lock(Path(checkpoint_dir) / ".run", CLAIM_SECONDS)
+    lock = Path(checkpoint_dir) / ".run"
+    is_free = not is_writer() or hold_lock(lock, CLAIM_SECONDS)
     if not all(gather_objects(is_free)):
         raise UserError(
             f"another run is training in {checkpoint_dir}: wait for its end, or train beside it with "
-            f"{_other_folder(config)}"
+            f"{_other_folder(config)} (if there is none, remove {lock}.lock)"
         )
 
 
@@ -428,15 +440,18 @@ def find_resume_step(
 
     resume: 'auto' takes up the checkpoint of a run with the same settings, if there is one; 'never' starts anew.
     Raises UserError where the folder holds a run with other settings, another tokenizer or another origin, naming the
-    differences: starting anew would replace it, and that is the user's to say.
+    differences, or one that lacks what it takes to go on. Starting anew would replace it: that is the user's to say.
     """
     if resume == "never":
         return None
     step = find_common_step(checkpoint_dir)
+    anew = f"--resume=never starts anew and replaces it, {_other_folder(config)} leaves it alone"
     if step is None:
+        unusable = [path.name for path in Path(checkpoint_dir).glob("model_*.pt") if _meta_of(path).exists()]
+        for name in sum(gather_objects(unusable), []):
+            raise UserError(f"{checkpoint_dir} holds {name}, but not all that it takes to go on from it: {anew}")
         return None
     meta = read_meta(checkpoint_dir, step)
-    anew = f"--resume=never starts anew and replaces it, {_other_folder(config)} leaves it alone"
     saved, current = meta.get("user_config", {}), asdict(config)
     names = [name for name in {**saved, **current} if not name.startswith(FREE_SETTINGS)]
     changed = [f"{n}={saved.get(n)} there, {current.get(n)} here" for n in names if saved.get(n) != current.get(n)]
@@ -455,7 +470,7 @@ def find_common_step(checkpoint_dir: str | Path, before: int | None = None) -> i
     Hosts that share no disk differ by a step where one of them died while they were saving. Raises UserError where a
     host has nothing of what the others have: a run that starts anew on all of them would remove it.
     """
-    steps = complete_steps(checkpoint_dir)
+    steps = complete_steps(checkpoint_dir, resumable=True)
     found = gather_objects([step for step in steps if before is None or step < before])
     common = set(found[0]).intersection(*found)
     if any(found) and not common:
@@ -468,7 +483,6 @@ def find_common_step(checkpoint_dir: str | Path, before: int | None = None) -> i
 
 def clear_checkpoints(checkpoint_dir: str | Path) -> None:
     """Remove a former run's checkpoints, lest its last step be taken for the new run's. Every rank must call."""
-    barrier()  # until all ranks have looked for a checkpoint to resume from
     if is_writer() and Path(checkpoint_dir).is_dir():
         for path in Path(checkpoint_dir).iterdir():
             if re.fullmatch(r"(model|optim|meta)_\d+\.(pt|json)", path.name):

@@ -404,7 +404,7 @@ def _download_bundle(archive: Path) -> None:
     except (UserError, OSError) as error:
         raise UserError(
             f"the evaluation bundle cannot be fetched ({error}): put it at {archive}, for instance with"
-            f" `curl -L -o {archive} {url}`, or run `python -m nanochat.pocket` for a small one of its own"
+            f" `curl -L -o {archive} {url}`; base_train trains without it by --core_metric_every=-1"
         ) from None
 
 

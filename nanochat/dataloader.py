@@ -45,7 +45,15 @@ from nanochat.common import (
 )
 from nanochat.conversation import ConversationError
 from nanochat.cross_entropy import IGNORE_INDEX
-from nanochat.dataset import RowGroup, read_row_group, row_groups, shard_fingerprint, split_files
+from nanochat.dataset import (
+    RowGroup,
+    data_folder,
+    read_row_group,
+    read_source,
+    row_groups,
+    shard_fingerprint,
+    split_files,
+)
 
 DATA_LANES = 8
 PREFETCH_BATCHES = 4
@@ -202,7 +210,9 @@ def tokenizing_distributed_data_loader(
     """
     check_same(f"the shards of the {split} split", shard_identities(split))
     groups = row_groups(split_files(split))
-    more = ", or get more data (python -m nanochat.dataset -n 8)" if split == "train" else ""
+    more = ", or make smaller row groups of the text (python -m dev.repackage_data_reference)"
+    if read_source(data_folder()) is not None:  # else the parquet files are the user's own
+        more = ", or get more data (python -m nanochat.dataset -n 8)" if split == "train" else ""
     check_lanes(len(groups), data_lanes, get_dist_info()[3], f"the {split} split has {len(groups)} row groups", more)
     store = TokenStore(tokenizer, tokenized_cache)
     return _packed_batches(B, T, groups, store.tokens, data_lanes, device, cursors)

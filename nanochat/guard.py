@@ -14,7 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nanochat.checkpoint_manager import find_common_step, prune_checkpoints, remove_checkpoint, update_meta
+from nanochat.checkpoint_manager import (
+    clear_checkpoints,
+    find_common_step,
+    prune_checkpoints,
+    remove_checkpoint,
+    update_meta,
+)
 from nanochat.common import UserError, any_rank, barrier, format_seconds, get_dist_info, print0
 from nanochat.train import AVERAGE_STEPS, StopSignal, TrainMeter
 
@@ -27,6 +33,9 @@ class Saver:
     always a good checkpoint left, and every one that is left is good: a loss, a gradient or a weight that is no longer
     finite, or an average loss above the meter's loss_limit, ends the run on all ranks and names the last of them. A
     loss that rises for a few steps and comes back costs no more than a checkpoint.
+
+    A run that starts anew (start_step 0) removes what a former one left in the folder when it first saves: one that
+    does not come so far, for a setting that is wrong or a login that is missing, has cost nothing.
     """
 
     def __init__(
@@ -42,6 +51,7 @@ class Saver:
         self.meter, self.save_keep, self.save = meter, save_keep, save
         self.unproven: int | None = None  # the step of a checkpoint the loss of whose weights is not known yet
         self.is_too_high = False  # the loss of the last update
+        self.has_folder = start_step > 0  # what is in it is of this run
 
     def save_or_stop(self, step: int, is_due: bool, is_last: bool, stop: StopSignal) -> bool:
         """Save where a checkpoint is due, at the last step, and where the run was told to stop: then leave, too.
@@ -58,6 +68,9 @@ class Saver:
                 self._fail(step, "the last loss was far too high")
             saves = not self.is_too_high
             if saves:
+                if not self.has_folder:
+                    clear_checkpoints(self.checkpoint_dir)
+                    self.has_folder = True
                 self.save(step)
                 self.unproven = step
             if is_last:
@@ -92,7 +105,7 @@ class Saver:
 
     def _fail(self, step: int, problem: str) -> NoReturn:
         barrier()  # until what is removed is gone
-        good = find_common_step(self.checkpoint_dir)
+        good = find_common_step(self.checkpoint_dir) if self.has_folder else None
         if good is None:
             advice = "there is no checkpoint yet, and the same command starts anew"
         elif good == step:

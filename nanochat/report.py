@@ -353,11 +353,11 @@ def _describe_machine(gpus: list[str]) -> dict[str, Any]:
         "processor": f"{_cpu_name()}, {os.cpu_count()} cores",
         "memory": _format_bytes(memory),
     }
+    kinds = []
     for name in sorted(set(gpus)):
         gpu_memory = torch.cuda.get_device_properties(gpus.index(name)).total_memory
-        machine["GPU"] = f"{gpus.count(name)} x {name}, {_format_bytes(gpu_memory)} each"
-    if not gpus:
-        machine["GPU"] = "Apple (MPS)" if torch.backends.mps.is_available() else "none"
+        kinds.append(f"{gpus.count(name)} x {name}, {_format_bytes(gpu_memory)} each")
+    machine["GPU"] = "; ".join(kinds) or ("Apple (MPS)" if torch.backends.mps.is_available() else "none")
     return machine
 
 

@@ -55,7 +55,7 @@ stage base_eval "eval_bundle/core.yaml $CHECKPOINT" "report/base_eval.json" \
 
 MID="mid_checkpoints/d4/meta_*.json"
 CHAT_EVAL="--batch_size=128 --max_new_tokens=160"
-stage mid_train "$CHECKPOINT $DATA" "$MID" \
+stage mid_train "$CHECKPOINT" "$MID" \
     python -m scripts.mid_train --model_tag=d4 --max_seq_len=256 $BATCH --warmdown_ratio=0.6 \
     --eval_every=100 --eval_tokens=$EVAL_TOKENS --data="$DATA" --save_every=100 --run="$WANDB_RUN" --resume=auto
 stage chat_eval_mid "$MID" "report/chat_eval_mid.json" \
@@ -65,7 +65,7 @@ stage chat_eval_mid "$MID" "report/chat_eval_mid.json" \
 # Supervised finetuning: answers, 290 steps of 64 conversations
 
 SFT="chatsft_checkpoints/d4/meta_*.json"
-stage chat_sft "$MID $DATA" "$SFT" \
+stage chat_sft "$MID" "$SFT" \
     python -m scripts.chat_sft --model_tag=d4 --device_batch_size=8 --target_examples_per_step=64 \
     --init_lr_frac=0.3 --eval_every=100 --eval_steps=40 --eval_metrics_every=-1 \
     --data="$DATA" --save_every=100 --run="$WANDB_RUN" --resume=auto

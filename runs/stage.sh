@@ -7,7 +7,7 @@
 # to be there (at least one): patterns relative to the base directory, and of several matches the last one counts. A
 # training stage lists as READS only what earlier stages made, not what it fetches itself.
 #
-# A stage's identity is its command line and the content of what it reads. Before the command runs it is written to
+# A stage's identity is its command line and the content of what it reads, the file that --data names included. Before the command runs it is written to
 # stages/NAME.started, afterwards to stages/NAME.done.
 # - NAME.done tells the same identity and WRITES are there: the stage is skipped.
 # - Otherwise it runs. `--resume=auto` on its command line becomes `--resume=never`, which replaces what is there, when
@@ -142,26 +142,29 @@ choose_resume() { # RECORD IDENTITY WRITES
 
 # Print what makes a stage the same stage: its command, without what changes no result, and the sha256 of each input
 describe_stage() { # READS COMMAND [ARGUMENT ...]
-    local reads=$1 word
+    local reads=$1 word data=
     shift
     for word in "$@"; do
+        case "$word" in --data=*) data=${word#--data=} ;; esac
         case "$word" in
-        --run=* | --resume=* | --device_batch_size=* | --save_* | --log_* | --eval_* | --sample_* | --core_metric_*) ;;
+        # with other lanes an interrupted run refuses to go on by itself
+        --run=* | --resume=* | --device_batch_size=* | --data_lanes=* | --save_* | --log_* | --eval_* | --sample_* | --core_metric_*) ;;
         *) printf '%s ' "$word" ;;
         esac
     done
     printf '\n'
-    python - "$NANOCHAT_BASE_DIR" "$reads" <<'EOF'
+    python - "$NANOCHAT_BASE_DIR" "$reads" "$data" <<'EOF'
 import glob, hashlib, os, sys
 
 os.chdir(sys.argv[1])
-for pattern in sys.argv[2].split():
+for pattern in [*sys.argv[2].split(), *filter(None, [glob.escape(sys.argv[3])])]:
     matches = sorted(glob.glob(pattern))
     if matches:
         with open(matches[-1], "rb") as f:
             print(hashlib.sha256(f.read()).hexdigest(), matches[-1])
-    else:
-        print("absent", pattern)
+    else:  # text of the user's own has no source.json: the names and sizes of its files stand for it
+        files = sorted(glob.glob(os.path.join(os.path.dirname(pattern), "*.parquet")))
+        print("absent", pattern, *(f"{os.path.basename(path)}:{os.path.getsize(path)}" for path in files))
 EOF
 }
 

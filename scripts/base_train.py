@@ -105,7 +105,13 @@ class Config:
 
 
 def count_iterations(config: Config, num_params: int, flops_per_token: int) -> int:
-    """Optimizer steps from the first horizon that is set. Raises UserError where none is, or where it is too short."""
+    """Optimizer steps from the first horizon that is set.
+
+    Raises UserError where none is, where it is too short, and for sizes that are none.
+    """
+    for name in ("total_batch_size", "max_seq_len"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name}={getattr(config, name)} must be at least 1")
     if config.num_iterations > 0:
         return config.num_iterations
     if config.target_flops > 0:

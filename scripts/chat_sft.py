@@ -107,7 +107,8 @@ def main(config: Config) -> dict[str, float]:
     train_task = sft_mixture(recipe, config.data)
     if not len(train_task):
         raise UserError("there are no conversations to train on")
-    origin = {**source_meta["origin"], "conversations": len(train_task)}  # a step is a position in these
+    # a step is a position in these conversations
+    origin = {**source_meta["origin"], "conversations": len(train_task), "files": train_task.fingerprint()}
     start_step, _ = resume_training(checkpoint_dir, model, optimizers, meter, config, tokenizer, origin)
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -96,7 +96,8 @@ def main(config: Config) -> dict[str, float]:
     recipe = find_recipe()
     train_task = mid_train_mixture(recipe, config.data)
     num_conversations = len(train_task)
-    origin = {**base_meta["origin"], "conversations": num_conversations}  # the cursors are positions in these
+    # the cursors are positions in these conversations
+    origin = {**base_meta["origin"], "conversations": num_conversations, "files": train_task.fingerprint()}
     start_step, meta = resume_training(checkpoint_dir, model, optimizers, meter, config, tokenizer, origin)
     cursors = {int(lane): cursor for lane, cursor in meta["cursors"].items()} if start_step else None
     train_model = compile_model(model, config.compile)

@@ -62,6 +62,10 @@ class Task:
         """Where the example with this index among all comes from, for an error message: 'GSM8K train, row 17'."""
         return f"{self.name}, row {index}"
 
+    def fingerprint(self) -> str:
+        """Differs where the examples do; '' for published and for generated data, which nobody edits."""
+        return ""
+
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether a completion, the text of a reply or a letter, is right for a conversation of this task."""
         raise NotImplementedError
@@ -242,6 +246,9 @@ class TaskSequence(Task):
     def describe_example(self, index: int) -> str:
         task, position = self.locate(index)
         return task.describe(position)
+
+    def fingerprint(self) -> str:
+        return " ".join(filter(None, (task.fingerprint() for task in self.tasks)))
 
 
 class TaskMixture(TaskSequence):

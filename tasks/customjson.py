@@ -9,6 +9,7 @@ What a conversation may look like says nanochat/conversation.py; one may end on 
 dev/gen_identity_data.py shows how to write such a file with a program.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ class CustomJSON(Task):
 
     def get_example(self, index: int) -> Conversation:
         return self.lines[index][1]
+
+    def fingerprint(self) -> str:
+        self.num_examples()  # reads the file, or says what is wrong with it
+        return hashlib.sha256(repr(self.lines).encode()).hexdigest()[:16]
 
     def describe_example(self, index: int) -> str:
         return f"{self.name}, line {self.lines[index][0]}"

@@ -21,7 +21,7 @@ from test_distributed import PROCESSES, run_ranks
 
 from dev.drill import odd_reward, write_small_world
 from nanochat import engine
-from nanochat.checkpoint_manager import checkpoint_root, load_model, read_meta, write_meta
+from nanochat.checkpoint_manager import checkpoint_root, complete_steps, load_model, read_meta, write_meta
 from nanochat.common import Runtime, UserError
 from nanochat.configurator import parse
 from nanochat.dataloader import count_targets, padded_batches
@@ -282,9 +282,33 @@ def test_a_run_does_not_go_on_with_more_conversations_in_its_file(base_dir, stag
     path.write_text(3 * line, encoding="utf-8")
     train(stage, "new", num_iterations=2, data=str(path))
     train(stage, "new", num_iterations=2, data=str(path))  # as it was
-    path.write_text(4 * line, encoding="utf-8")
-    with pytest.raises(UserError, match="with other data"):
-        train(stage, "new", num_iterations=2, data=str(path))
+    for changed in (4 * line, 2 * line + line.replace("Pico", "Paco")):
+        path.write_text(changed, encoding="utf-8")
+        with pytest.raises(UserError, match="with other data"):
+            train(stage, "new", num_iterations=2, data=str(path))
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        ("mid", {"data_lanes": 100_000}),
+        ("sft", {"num_iterations": -1, "num_epochs": 0}),
+        ("rl", {"num_iterations": -1, "num_epochs": 0}),
+        *((stage, {"run": "named"}) for stage in ("mid", "sft", "rl")),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_former_run_is_replaced(base_dir, stage, settings, monkeypatch):
+    def refuse(run, *args):
+        raise UserError("wandb cannot start")
+
+    train(stage, "new", num_iterations=2)
+    script = STAGES[stage][0]
+    if "run" in settings:
+        monkeypatch.setattr(script, "init_wandb", refuse)
+    before = complete_steps(checkpoint_root(stage) / "new")
+    with pytest.raises(UserError):
+        train(stage, "new", **{"num_iterations": 2, **settings}, resume="never")
+    assert complete_steps(checkpoint_root(stage) / "new") == before == [2]
 
 
 def test_tag_and_step_of_the_base_model_are_honoured_and_the_context_is_ones_own(base_dir):

@@ -20,6 +20,7 @@ from nanochat.checkpoint_manager import (
     clear_checkpoints,
     complete_steps,
     find_chat_source,
+    find_common_step,
     find_largest_model,
     find_last_step,
     find_resume_step,
@@ -153,7 +154,7 @@ def test_pruning_does_not_count_what_is_damaged(tmp_path, keep):
     for name in ("model_000003.pt", "optim_000004.pt"):
         (tmp_path / name).write_bytes(b"PK")
     prune_checkpoints(tmp_path, keep)
-    assert complete_steps(tmp_path) == [1, 2][-keep:]
+    assert complete_steps(tmp_path, resumable=True) == [1, 2][-keep:]
 
 
 def test_a_removed_checkpoint_leaves_the_others_alone(tmp_path):
@@ -203,11 +204,12 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, name, damage):
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else -1])
-    assert find_last_step(tmp_path) == 10
+    assert find_common_step(tmp_path) == 10
+    assert find_last_step(tmp_path) == (20 if name.startswith("optim") else 10)
     expects_warning = (name, damage) not in {("meta_000020.json", "missing"), ("model_000020.pt", "missing")}
     assert ("warning: checkpoint 20" in capsys.readouterr().out) == expects_warning
     with pytest.raises(UserError):
-        load_checkpoint(tmp_path, 20, CPU)
+        load_checkpoint(tmp_path, 20, CPU, load_optimizer=True)
 
 
 def test_a_file_of_the_right_size_and_wrong_content_is_a_user_error(tmp_path):
@@ -557,7 +559,8 @@ def test_a_second_run_leaves_the_folder_of_the_first_alone(tmp_path, monkeypatch
     Run().save(tmp_path, 4)
     assert Run().resume(tmp_path)[0] == 4  # it trains from here on, and may look again
     assert Run().resume(tmp_path)[0] == 4
-    line = f"another run is training in {tmp_path}: wait for its end, or train beside it with --model_tag=NAME"
+    advice = f"train beside it with --model_tag=NAME (if there is none, remove {tmp_path}/.run.lock)"
+    line = f"another run is training in {tmp_path}: wait for its end, or {advice}"
     assert run_ranks(2, resume_beside_another_run, tmp_path) == [line] * 2
     assert complete_steps(tmp_path) == [4]
     compute_cleanup()
@@ -575,6 +578,44 @@ def test_a_run_that_failed_after_a_checkpoint_says_so_when_it_goes_on_from_it(tm
     assert "the run has failed before, at step 6: the loss is nan" in capsys.readouterr().out
 
 
+def damage_optimizer(folder: Path) -> None:
+    (folder / "optim_000004.pt").write_bytes(b"PK")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_optimizer,
+        lambda folder: (folder / "optim_000004.pt").unlink(),
+        lambda folder: (folder / "meta_000004.json").write_text("", encoding="utf-8"),
+    ],
+)
+def test_weights_that_cannot_be_trained_on_are_not_replaced_unasked(tmp_path, damage):
+    run = Run()
+    run.save(tmp_path, 4)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=r"model_000004\.pt, but not all .*--resume=never starts anew and replaces it"):
+        run.resume(tmp_path)
+    assert run.resume(tmp_path, resume="never") == (0, {})
+    assert (tmp_path / "model_000004.pt").exists()
+
+
+def test_weights_without_metadata_are_those_of_a_first_save_that_was_cut_off(tmp_path):
+    Run().save(tmp_path, 4)
+    (tmp_path / "meta_000004.json").unlink()
+    assert Run().resume(tmp_path) == (0, {})
+
+
+@pytest.mark.parametrize("damage", [damage_optimizer, lambda folder: (folder / "optim_000004.pt").unlink()])
+def test_without_its_optimizer_state_a_model_is_still_used(base_dir, damage):
+    folder = checkpoint_root("sft") / "d2"
+    save_model(folder, 4)
+    damage(folder)
+    assert find_chat_source() == "sft" and find_last_step(folder) == 4
+    assert load_model("sft", CPU, "eval")[2]["step"] == 4
+    assert complete_steps(folder) == [4] and complete_steps(folder, resumable=True) == []
+
+
 def test_keeping_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="--save_keep=0.*1 or more"):
         Run().resume(tmp_path, save_keep=0)
@@ -589,14 +630,14 @@ def test_a_checkpoint_of_a_run_says_what_it_is(tmp_path):
     assert "val_bpb" in meta and meta["val_bpb"] is None
 
 
-def test_a_new_run_starts_at_0_and_replaces_the_former_one(tmp_path):
+def test_a_new_run_starts_at_0_and_leaves_the_former_one_for_now(tmp_path):
     run = Run()
     assert run.resume(tmp_path) == (0, {})
     run.save(tmp_path, 4)
     weights = [p.clone() for p in Run(seed=8).model.parameters()]
     anew = Run(seed=8)
     assert anew.resume(tmp_path, resume="never") == (0, {})
-    assert complete_steps(tmp_path) == []
+    assert complete_steps(tmp_path) == [4]  # guard.Saver removes it, when there is another
     assert all(torch.equal(p, q) for p, q in zip(anew.model.parameters(), weights, strict=True))
 
 

@@ -30,6 +30,7 @@ from nanochat.dataloader import (
     prefetch,
     tokenizing_distributed_data_loader,
 )
+from nanochat.dataset import write_source
 from nanochat.tokenizer import RustBPETokenizer
 from tasks.common import Task
 
@@ -302,7 +303,9 @@ def loader_error(**kwargs) -> str:
 
 def test_fewer_row_groups_than_lanes_names_lanes_that_work(shards):
     message = loader_error(data_lanes=12)
-    assert "8 row groups" in message and "--data_lanes=6" in message and "nanochat.dataset" in message
+    assert "8 row groups" in message and "--data_lanes=6" in message and "dev.repackage_data_reference" in message
+    write_source(shards[0].parent, {"source": "fineweb-edu"})
+    assert "nanochat.dataset -n 8" in loader_error(data_lanes=12)
     tokenizing_distributed_data_loader(B, T, "train", ByteTokenizer(), 6)
 
 

@@ -65,6 +65,16 @@ def test_a_checkpoint_is_saved_where_it_is_due_and_at_the_end(tmp_path, step, is
     assert complete_steps(tmp_path) == [step] * saves
 
 
+def test_a_former_run_stays_until_the_new_one_saves(tmp_path):
+    """What ends before, for a setting that is wrong or a loss that is none, has cost nothing."""
+    Training(tmp_path).train(*[4.0] * 6, save_every=5)
+    assert complete_steps(tmp_path) == [5]
+    with pytest.raises(UserError, match="the loss is nan; there is no checkpoint yet"):
+        Training(tmp_path).train(math.nan)
+    assert complete_steps(tmp_path) == [5] and "failed_afterwards" not in read_meta(tmp_path, 5)
+    assert Training(tmp_path).train(4.0, 4.0, 4.0, 4.0, save_every=2) == [2]
+
+
 def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
     run = Training(tmp_path)
     assert not run.saver.save_or_stop(0, True, False, run.stop)

@@ -350,6 +350,8 @@ def test_wrong_flags_end_with_status_2_and_the_nearest_flag(arguments, message, 
     ("settings", "message"),
     [
         ({"num_iterations": -1, "target_param_data_ratio": 0}, "no horizon"),
+        ({"num_iterations": -1, "total_batch_size": 0}, "--total_batch_size=0 must be at least 1"),
+        ({"max_seq_len": 0, "plan": 1, "device_batch_size": -1}, "--max_seq_len=0 must be at least 1"),
         ({"total_batch_size": 100}, "--total_batch_size=128"),
         ({"data_lanes": 3}, "--data_lanes="),
         ({"data_lanes": 32, "total_batch_size": 1024}, "row groups"),

@@ -26,9 +26,9 @@ tokenize() {{
     echo "${{TOKENS:-1}}" >"$NANOCHAT_BASE_DIR/tok.json"
 }}
 stage tok "" "tok.json" tokenize --vocab_size=${{VOCAB:-300}}
-stage train "tok.json" "ckpt/meta_*.json" train --depth=${{DEPTH:-4}} --run=${{RUN:-dummy}} --resume=auto
-stage eval "ckpt/meta_*.json ${{FETCHED:-}} $DATA" "fetched" \\
-    sh -c 'echo eval >>"$LOG"; echo x >"$NANOCHAT_BASE_DIR/fetched"'
+stage train "tok.json" "ckpt/meta_*.json" train --depth=${{DEPTH:-4}} --run=${{RUN:-dummy}} ${{LANES:-}} --resume=auto
+stage eval "ckpt/meta_*.json ${{FETCHED:-}}" "fetched" \\
+    sh -c 'echo eval >>"$LOG"; echo x >"$NANOCHAT_BASE_DIR/fetched"' - --data="$DATA"
 """
 
 
@@ -71,13 +71,28 @@ def test_a_changed_setting_runs_the_stage_anew_and_what_reads_its_result(recipe)
     assert recipe(DEPTH="6") == []
 
 
-def test_conversations_of_ones_own_are_read_from_where_the_recipe_is_started(recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["mine.jsonl", "all of mine [1] *.jsonl"])
+def test_conversations_of_ones_own_are_read_from_where_the_recipe_is_started(recipe, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    assert recipe(2, DATA="mine.jsonl") == [] and recipe.err.count("\n") == 1 and f"{tmp_path}/mine.jsonl" in recipe.err
-    (tmp_path / "mine.jsonl").write_text("one\n", encoding="utf-8")
-    assert len(recipe(DATA="mine.jsonl")) == 3 and recipe(DATA="mine.jsonl") == []
-    (tmp_path / "mine.jsonl").write_text("two\n", encoding="utf-8")
-    assert recipe(DATA="mine.jsonl") == ["eval"]
+    assert recipe(2, DATA=name) == [] and recipe.err.count("\n") == 1 and f"{tmp_path}/{name}" in recipe.err
+    (tmp_path / name).write_text("one\n", encoding="utf-8")
+    assert len(recipe(DATA=name)) == 3 and recipe(DATA=name) == []
+    (tmp_path / name).write_text("two\n", encoding="utf-8")
+    assert recipe(DATA=name) == ["eval"]
+    assert recipe(DATA=name) == []
+
+
+def test_text_of_ones_own_is_known_by_its_files(recipe):
+    recipe.base.mkdir()
+    (recipe.base / "text.parquet").write_text("some", encoding="utf-8")
+    assert len(recipe(FETCHED="source.json")) == 3 and recipe(FETCHED="source.json") == []
+    (recipe.base / "text.parquet").write_text("other text", encoding="utf-8")
+    assert recipe(FETCHED="source.json") == ["eval"]
+
+
+def test_more_hosts_do_not_make_a_finished_stage_another_one(recipe):
+    recipe()
+    assert recipe(LANES="--data_lanes=16") == []
 
 
 def test_the_name_of_the_wandb_run_is_no_such_setting(recipe):
