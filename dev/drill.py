@@ -423,8 +423,9 @@ class Drill:
 
     def hit(self, name: str, processes: int, fault: str, tag: str, rng: random.Random) -> tuple[str, int, str] | None:
         """(problem or '', last step that was seen, output) of a run that is hit; None where it was too late."""
-        # without a checkpoint a run on less data would be a new run
-        step, pause = rng.randrange(SAVE_EVERY if fault == "lost_shard" else 0, STEPS - 2), rng.random() * 0.02
+        # Without a checkpoint a run on less data would be a new run, and an only one that is cut ends in a question
+        first = {"lost_shard": SAVE_EVERY, "cut_checkpoint": 2 * SAVE_EVERY}.get(fault, 0)
+        step, pause = rng.randrange(first, STEPS - 2), rng.random() * 0.02
         inner = None
         if fault in INNER_FAULTS:
             inner = {"fault": fault, "step": step, "rank": rng.randrange(processes), "seed": str(rng.random())}

@@ -53,7 +53,7 @@ STAGE_COMMANDS = {
 }
 CHAT_SOURCES = ("rl", "sft", "mid")  # the stages whose models chat, the furthest first
 # Settings that may change between the parts of one run, by the beginning of their names: they say where and in which
-# portions it is computed, what is measured and what is kept, not what is trained. runs/stage.sh has the same list.
+# portions it is computed, what is measured and what is kept, not what is trained. runs/stage.sh has a list of its own.
 FREE_SETTINGS = (
     *("run", "resume", "device_type", "device_batch_size", "compile", "tokenized_cache"),
     *("eval_", "sample_", "save_", "log_", "core_metric_", "plan"),

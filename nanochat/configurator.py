@@ -131,7 +131,7 @@ def _convert(option: Any, value: Any) -> Any:
             result = value
         else:
             raise ValueError
-    except ValueError:
+    except (ValueError, TypeError):  # TypeError is for a list or a table of a .toml
         example = {int: "a whole number", float: "a number", bool: "0 or 1", str: "a text"}[kind]
         hint = "" if option.default is MISSING else f", such as --{name}={option.default!r}"
         _fail(f"--{name}={value}: {example} is wanted{hint}")

@@ -26,6 +26,7 @@ import shutil
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -430,7 +431,7 @@ def unpack_bundle(archive: Path, folder: Path) -> None:
         if not (temporary / "eval_bundle" / "core.yaml").is_file():
             raise UserError(f"{archive}: there is no eval_bundle/core.yaml in it; delete it to have it fetched again")
         (temporary / "eval_bundle").rename(folder)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(f"{archive} is damaged ({error}); delete it to have it fetched again") from None
     finally:
         shutil.rmtree(temporary)

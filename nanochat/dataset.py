@@ -162,11 +162,30 @@ def parquets_iter_batched(
 
 
 def shard_fingerprint(path: str | Path) -> str:
-    """16 hex digits that stand for a shard's content: SHA-256 over its footer and its size. Reads a few kilobytes.
+    """16 hex digits that stand for a shard's content, for the cache of its tokens and for runs that go on.
 
-    The footer holds the place and size of every column chunk, so shards of other text have another fingerprint.
+    Of what was published or generated it is the SHA-256 over the footer and the size, which takes reading a few
+    kilobytes: the footer has the place and size of every column chunk. Of text of the user's own, which is edited, it
+    is the SHA-256 of the whole file.
     """
     path = Path(path)
+    name = (read_source(path.parent) or {}).get("source", "")
+    if name not in (*HUB_SOURCES, "pocket") and "://" not in name:
+        stat = path.stat()
+        content_hash = _hash_file(path, stat.st_size, stat.st_mtime_ns)
+        _footer_hash(path)  # raises where the file is cut short
+        return content_hash
+    return _footer_hash(path)
+
+
+@functools.lru_cache(maxsize=4096)
+def _hash_file(path: Path, size: int, mtime_ns: int) -> str:
+    """16 hex digits of the SHA-256 of a file; size and mtime_ns tell whether it was hashed before."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _footer_hash(path: Path) -> str:
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 8))
@@ -271,9 +290,12 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
+DESCRIBING_KEYS = ("seed", "version", "chars", "last_shard", "digest")
+
+
 def _describe(source: dict[str, Any]) -> str:
     """{"source": "pocket", "seed": 1} -> 'pocket (seed 1)'."""
-    details = [f"{key} {value}" for key, value in source.items() if key in ("seed", "version", "last_shard")]
+    details = [f"{key} {value}" for key, value in source.items() if key in DESCRIBING_KEYS]
     return source["source"] + (f" ({', '.join(details)})" if details else "")
 
 
@@ -312,8 +334,15 @@ class Source:
     files: tuple[Path, ...] = ()  # the shards of a local folder
 
     def identity(self) -> dict[str, Any]:
-        """What source.json says. The last shard belongs to it: with another one, validation would be another."""
-        return {"source": self.name, "last_shard": self.last_shard}
+        """What source.json says. The last shard belongs to it: with another one, validation would be another.
+
+        So does the content of a local folder, which may be another one tomorrow.
+        """
+        identity = {"source": self.name, "last_shard": self.last_shard}
+        if self.files:
+            hashes = (_hash_file(path, path.stat().st_size, path.stat().st_mtime_ns) for path in self.files)
+            identity["digest"] = hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]
+        return identity
 
     def fetch(self, index: int, path: Path, report: Callable[[int, int], None]) -> None:
         """Bring a shard to path, whole and checked, replacing what is there. Raises UserError."""

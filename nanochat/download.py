@@ -116,8 +116,12 @@ def require_reachable(url: str) -> None:
 
     The connection is made on a thread of its own because looking up a name has no time limit.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port that is none, or brackets around what is no IPv6 address
+        is_address = False
+    if not is_address:
         raise UserError(f"{url} is no address: https://host/path is wanted")
     proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url))
     if proxy:

@@ -16,13 +16,14 @@ from typing import Any, NoReturn
 
 from nanochat.checkpoint_manager import (
     clear_checkpoints,
+    complete_steps,
     find_common_step,
     prune_checkpoints,
     remove_checkpoint,
     update_meta,
 )
-from nanochat.common import UserError, any_rank, barrier, format_seconds, get_dist_info, print0
-from nanochat.train import AVERAGE_STEPS, StopSignal, TrainMeter
+from nanochat.common import UserError, any_rank, barrier, format_seconds, get_dist_info, is_writer, print0
+from nanochat.train import AVERAGE_STEPS, FORMER_METRICS, StopSignal, TrainMeter
 
 
 class Saver:
@@ -34,8 +35,8 @@ class Saver:
     finite, or an average loss above the meter's loss_limit, ends the run on all ranks and names the last of them. A
     loss that rises for a few steps and comes back costs no more than a checkpoint.
 
-    A run that starts anew (start_step 0) removes what a former one left in the folder when it first saves: one that
-    does not come so far, for a setting that is wrong or a login that is missing, has cost nothing.
+    A run that starts anew (start_step 0) removes what a former one left in the folder when its first checkpoint is due:
+    one that does not come so far, for a setting that is wrong, a login that is missing or a Ctrl-C, has cost nothing.
     """
 
     def __init__(
@@ -60,6 +61,10 @@ class Saver:
         process started has its checkpoint already. Returns whether this step has one. Every rank must call.
         """
         is_stopped = stop.requested()
+        is_early = not (is_due or is_last or self.has_folder)
+        if is_stopped and is_early and any_rank(bool(complete_steps(self.checkpoint_dir))):
+            print0(f"stopped at step {step}; nothing is saved, as it would replace the run in {self.checkpoint_dir}")
+            sys.exit(stop.exit_code)
         saves = step > 0 and (is_due or is_last or is_stopped)
         if saves and step > self.start_step:
             if any_rank(not all(p.isfinite().all() for p in self.model.parameters())):
@@ -70,6 +75,8 @@ class Saver:
             if saves:
                 if not self.has_folder:
                     clear_checkpoints(self.checkpoint_dir)
+                    if is_writer():
+                        (Path(self.checkpoint_dir) / FORMER_METRICS).unlink(missing_ok=True)
                     self.has_folder = True
                 self.save(step)
                 self.unproven = step

@@ -147,6 +147,10 @@ class DummyReport:
     def log(self, section: str, data: list[Any]) -> None:
         """Write nothing."""
 
+    def values(self, section: str) -> dict[str, Any]:
+        """Know nothing."""
+        return {}
+
     def reset(self) -> None:
         """Remove nothing."""
 
@@ -174,6 +178,12 @@ class Report:
         _write_text(path, f"# {_title(section)}\n\n{_timestamp(content)}\n\n{_render_items(content['data'])}")
         _write_json(path.with_suffix(".json"), content)
         return path
+
+    def values(self, section: str) -> dict[str, Any]:
+        """All settings and values of a section by their names; {} where there is none."""
+        content = _read_json(self.folder / f"{section}.json") or {"data": []}
+        dicts = (item["values"] for item in content["data"] if item["kind"] in ("settings", "values"))
+        return {name: value for values in dicts for name, value in values.items()}
 
     def reset(self) -> None:
         """Remove all sections and write a header: start time, machine, versions, code and cost."""

@@ -57,6 +57,7 @@ BOS_NAMES = (
     *("<|bos|>", "<|endoftext|>", "<|begin_of_text|>", "<s>", "<bos>", "<BOS_TOKEN>"),
     "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
 )
+MAX_VOCAB_SIZE = 2**31 - 1
 HOW_TO_TRAIN = "run python -m scripts.tok_train"
 
 
@@ -416,13 +417,15 @@ def token_bytes(tokenizer: Tokenizer) -> torch.Tensor:
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raise UserError unless vocab_size has room for the bytes and the special tokens."""
+    """Raise UserError unless vocab_size has room for the bytes and the special tokens, and ids fit in 32 bits."""
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise UserError(
             f"--vocab_size={vocab_size} has no room for the 256 bytes and {len(SPECIAL_TOKENS)} special tokens: set "
             f"--vocab_size={smallest} or more"
         )
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise UserError(f"--vocab_size={vocab_size} is too large: {MAX_VOCAB_SIZE} is the most")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -88,10 +88,13 @@ def evaluation_steps(
 ) -> int:
     """How many batches each rank takes in an evaluation of about eval_tokens tokens.
 
-    At least one, and as many as take equally many rows from each lane: so any number of processes sees the same rows.
+    At least one, and as many as take equally many rows from each lane. Where eval_tokens are a multiple of a batch of
+    all processes, any number of them sees the same rows. Raises UserError for less than a token or a row.
     """
     if device_batch_size < 1:
         raise UserError(f"--device_batch_size={device_batch_size} must be at least 1")
+    if eval_tokens < 1:
+        raise UserError(f"{eval_tokens} tokens are no evaluation: set --eval_tokens or --split_tokens to at least 1")
     own_lanes = max(1, data_lanes // world_size)
     whole = own_lanes // math.gcd(own_lanes, device_batch_size)  # batches until each lane was read equally often
     return max(1, round(eval_tokens / (device_batch_size * sequence_len * world_size * whole))) * whole
@@ -418,6 +421,9 @@ class TrainMeter:
             setattr(self, name, state.get(name, getattr(self, name)))
 
 
+FORMER_METRICS = "metrics.former.jsonl"
+
+
 class MetricsLog:
     """What is measured on the way: the lines of the log, metrics.jsonl beside a checkpoint, and a wandb run.
 
@@ -440,6 +446,11 @@ class MetricsLog:
         self.is_writer = is_writer()
         if not self.is_writer:
             return
+        former = self.path.with_name(FORMER_METRICS)
+        if from_step and former.exists():  # the run that began anew in between has saved nothing
+            former.replace(self.path)
+        elif not from_step and self.path.exists() and not former.exists():
+            self.path.replace(former)  # until guard.Saver removes it with the checkpoints that it belongs to
         kept = [line for line in self._lines() if from_step and _step_of(line) <= from_step]
         with atomic_write(self.path) as f:
             f.writelines(kept)

@@ -7,8 +7,8 @@
 # to be there (at least one): patterns relative to the base directory, and of several matches the last one counts. A
 # training stage lists as READS only what earlier stages made, not what it fetches itself.
 #
-# A stage's identity is its command line and the content of what it reads, the file that --data names included. Before the command runs it is written to
-# stages/NAME.started, afterwards to stages/NAME.done.
+# A stage's identity is its command line and the content of what it reads, the file that --data names included. Before
+# the command runs it is written to stages/NAME.started, afterwards to stages/NAME.done.
 # - NAME.done tells the same identity and WRITES are there: the stage is skipped.
 # - Otherwise it runs. `--resume=auto` on its command line becomes `--resume=never`, which replaces what is there, when
 #   a record tells another identity; it stays when the stage was interrupted, or was never run by a recipe.
@@ -116,7 +116,8 @@ stage() {
     STAGE=$name
     "$@" || code=$?
     if [ "$code" -ne 0 ]; then
-        echo "== $name: stopped with status $code; run the same command again to go on from here" >&2
+        echo "== $name: stopped with status $code; run the same command again to go on from here, or first" \
+            "\`mv '$record.started' '$record.forgotten'\` to start this stage anew" >&2
         exit "$code"
     fi
     [ "$IS_WRITER" = 1 ] || return 0
@@ -140,14 +141,14 @@ choose_resume() { # RECORD IDENTITY WRITES
     fi
 }
 
-# Print what makes a stage the same stage: its command, without what changes no result, and the sha256 of each input
+# Print what makes a stage the same stage: its command, without what says where it runs, and the sha256 of each input
 describe_stage() { # READS COMMAND [ARGUMENT ...]
     local reads=$1 word data=
     shift
     for word in "$@"; do
         case "$word" in --data=*) data=${word#--data=} ;; esac
         case "$word" in
-        # with other lanes an interrupted run refuses to go on by itself
+        # --data_lanes changes the result: an interrupted run refuses to go on with others, a finished one stays
         --run=* | --resume=* | --device_batch_size=* | --data_lanes=* | --save_* | --log_* | --eval_* | --sample_* | --core_metric_*) ;;
         *) printf '%s ' "$word" ;;
         esac
@@ -162,9 +163,11 @@ for pattern in [*sys.argv[2].split(), *filter(None, [glob.escape(sys.argv[3])])]
     if matches:
         with open(matches[-1], "rb") as f:
             print(hashlib.sha256(f.read()).hexdigest(), matches[-1])
-    else:  # text of the user's own has no source.json: the names and sizes of its files stand for it
-        files = sorted(glob.glob(os.path.join(os.path.dirname(pattern), "*.parquet")))
-        print("absent", pattern, *(f"{os.path.basename(path)}:{os.path.getsize(path)}" for path in files))
+    else:  # text of the user's own has no source.json: its files stand for themselves
+        print("absent", pattern)
+        for path in sorted(glob.glob(os.path.join(os.path.dirname(pattern), "*.parquet"))):
+            with open(path, "rb") as f:
+                print(hashlib.file_digest(f, "sha256").hexdigest(), path)
 EOF
 }
 

@@ -124,7 +124,7 @@ def main(config: Config) -> dict[str, Any]:
     print0(f"written to {path}")
     tasks = [[task, accuracy, core["centered_results"][task]] for task, accuracy in core["results"].items()]
     get_report().log(
-        "base_eval",
+        "base_eval_hf" if config.hf_path else "base_eval",  # another maker's model is none of this run's results
         [config, {"Model": name, "CORE metric": core["core_metric"]}, [["Task", "Accuracy", "Centered"], *tasks]],
     )
     return core

@@ -5,7 +5,8 @@
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i rl -a GSM8K -n 4 -t 1.0
 
 Reads mid_checkpoints/, chatsft_checkpoints/ or chatrl_checkpoints/ and the tasks' data; writes report/chat_eval_<i>.md.
-Which tasks there are depends on the recipe (tasks/mixtures.py); ChatCORE is their mean when all of them were run.
+Which tasks there are depends on the recipe (tasks/mixtures.py); ChatCORE is their mean when all of them were run. Some
+tasks or problems alone do not replace what the report has of all of them.
 """
 
 import time
@@ -52,6 +53,13 @@ def main(config: Config) -> dict[str, float]:
     device = compute_init(config.device_type).device
     model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step)
 
+    section, model_name = f"chat_eval_{config.source}", f"{meta['model_tag']}, step {meta['step']}"
+    known = get_report().values(section)
+    is_all_known = known.get("model") == model_name and known.get("max_problems") == -1 and "ChatCORE" in known
+    is_logged = not (is_all_known and (config.task_name or config.max_problems != -1))
+    if not is_logged:
+        print0("not for the report, which has all tasks and problems of this model")
+
     labels = {known.lower(): known for makers in EVAL_TASKS.values() for known in makers}
     scores: dict[str, float] = {}
     columns = [f"pass@{k}" for k in range(1, config.num_samples + 1)] if config.num_samples > 1 else []
@@ -85,8 +93,9 @@ def main(config: Config) -> dict[str, float]:
             scores["ChatCORE"] = sum(values) / len(values)
             print0(f"ChatCORE: {scores['ChatCORE']:.4f}")
         # After each task, so that nothing that was measured is lost
-        section = [config, {"model": f"{meta['model_tag']}, step {meta['step']}"}, dict(scores), details, examples]
-        get_report().log(f"chat_eval_{config.source}", [item for item in section if item])
+        if is_logged:
+            items = [config, {"model": model_name}, dict(scores), details, examples]
+            get_report().log(section, [item for item in items if item])
     return scores
 
 

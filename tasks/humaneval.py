@@ -12,7 +12,7 @@ from nanochat.execution import execute_code
 from tasks.common import Conversation, TableTask, as_conversation
 
 TIMEOUT_SECONDS = 5.0
-CODE_BLOCK = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL | re.IGNORECASE)
+CODE_BLOCK = re.compile(r"```[^\n`]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL | re.IGNORECASE)
 
 
 def extract_program(completion: str) -> str:

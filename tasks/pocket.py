@@ -31,7 +31,7 @@ def says(reply: str, answer: str) -> bool:
 
 
 def _words(text: str) -> str:
-    return " ".join(re.findall(r"[\w']+", text.lower()))
+    return " ".join(re.findall(r"\w+(?:'\w+)*", text.lower()))  # quotes around a word are none of its own
 
 
 class PocketChat(TableTask):

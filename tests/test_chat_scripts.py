@@ -707,6 +707,24 @@ def test_some_tasks_alone_have_no_chatcore(base_dir, given_accuracies):
     assert "ChatCORE" not in report_values(base_dir, "chat_eval_mid")
 
 
+def test_a_part_does_not_replace_what_the_report_has_of_all(base_dir, given_accuracies, capsys):
+    for part in (["-a", "PocketQA"], ["-x", "3"]):
+        evaluate("-i", "sft", *part)
+        assert report_values(base_dir, "chat_eval_sft")["PocketQA"] == 0.5  # there was nothing yet
+    evaluate("-i", "sft")
+    capsys.readouterr()
+    before = report_values(base_dir, "chat_eval_sft")
+    for part in (["-a", "PocketQA"], ["-x", "3"]):
+        evaluate("-i", "sft", *part)
+        assert "not for the report" in capsys.readouterr().out
+        assert report_values(base_dir, "chat_eval_sft") == before
+    evaluate("-i", "sft", "-t", "0.5")
+    assert report_values(base_dir, "chat_eval_sft") == {**before, "temperature": 0.5}
+    shutil.copytree(checkpoint_root("sft") / "d2", checkpoint_root("sft") / "d3")  # another model
+    evaluate("-i", "sft", "-g", "d3", "-a", "PocketQA")
+    assert report_values(base_dir, "chat_eval_sft")["model"] == "d3, step 4"
+
+
 def test_all_tasks_by_name_in_any_order_have_one(base_dir, given_accuracies):
     scores = evaluate("-i", "sft", "-a", "SpellingBee|pocketmath|POCKETMC|PocketQA")
     assert scores == pytest.approx({**scores, "ChatCORE": (0.5 + 0.5 + 0.1 + 0.0) / 4})

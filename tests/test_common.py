@@ -367,10 +367,10 @@ def test_a_held_lock_is_released_with_the_process_group(tmp_path):
 
 @pytest.mark.parametrize(("number", "is_known"), [(errno.ENOLCK, True), (errno.EOPNOTSUPP, True), (errno.EIO, False)])
 def test_where_there_are_no_locks_everybody_gets_them(tmp_path, monkeypatch, number, is_known):
-    def acquire(self, timeout):
+    def flock(file: int, operation: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(common.FileLock, "acquire", acquire)
+    monkeypatch.setattr("fcntl.flock", flock)
     with contextlib.nullcontext() if is_known else pytest.raises(OSError, match="I/O|Input/output"):
         assert common.hold_lock(tmp_path / "thing", 0)
 

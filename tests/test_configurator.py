@@ -141,11 +141,13 @@ def test_a_setting_whose_value_ends_in_toml_is_no_settings_file(tmp_path, monkey
     ("content", "part"),
     [
         (b"depth = ", "wrong.toml"),
+        (b"depth = [4]", "--depth=[4]: a whole number is wanted"),
+        (b"[depth]\na = 4", "a whole number is wanted"),
         (b"\xff\xfe", "wrong.toml"),
         (b"dephts = 3", "--depth"),
         (b'depth = "deep"', "--depth=deep"),
     ],
-    ids=["not TOML", "not UTF-8", "unknown setting", "wrong type"],
+    ids=["not TOML", "a list", "a table", "not UTF-8", "unknown setting", "wrong type"],
 )
 def test_a_wrong_file_is_one_line(tmp_path, capsys, content, part):
     (tmp_path / "wrong.toml").write_bytes(content)

@@ -345,11 +345,11 @@ def test_each_rank_computes_its_own_share(monkeypatch: pytest.MonkeyPatch) -> No
 # The bundle
 
 
-def make_archive(base_dir: Path, names: dict[str, str]) -> Path:
+def make_archive(base_dir: Path, names: dict[str, str], compression: int = zipfile.ZIP_STORED) -> Path:
     """eval_bundle.zip with these members."""
     base_dir.mkdir(parents=True, exist_ok=True)
     path = base_dir / "eval_bundle.zip"
-    with zipfile.ZipFile(path, "w") as file:
+    with zipfile.ZipFile(path, "w", compression) as file:
         for name, content in names.items():
             file.writestr(name, content)
     return path
@@ -375,6 +375,15 @@ def test_damaged_archives_leave_nothing_behind(base_dir: Path) -> None:
     archive = make_archive(base_dir, {"other/core.yaml": ""})
     with pytest.raises(UserError, match="no eval_bundle/core.yaml in it"):
         find_bundle()
+    content = bytearray(
+        make_archive(base_dir, {"eval_bundle/core.yaml": "x" * 1000}, zipfile.ZIP_DEFLATED).read_bytes()
+    )
+    content[30 + len("eval_bundle/core.yaml")] ^= (
+        0x06  # the kind of the first block of the compressed data: none that is
+    )
+    archive.write_bytes(content)
+    with pytest.raises(UserError, match="eval_bundle.zip is damaged"):
+        unpack_bundle(archive, base_dir / "eval_bundle")
     archive.write_bytes(archive.read_bytes()[:30])
     with pytest.raises(UserError, match="eval_bundle.zip is damaged"):
         unpack_bundle(archive, base_dir / "eval_bundle")
@@ -473,7 +482,7 @@ def test_base_eval_of_an_hf_model_writes_table_and_report(
     assert float(accuracy) == pytest.approx(core["results"][label], abs=1e-6)
     assert float(centered) == pytest.approx(core["centered_results"][label], abs=1e-6)
     assert lines[4] == f"CORE,,{core['core_metric']:.6f}" and f"{core['core_metric']:8.4f}" in capsys.readouterr().out
-    section = (base_dir / "report" / "base_eval.json").read_text(encoding="utf-8")
+    section = (base_dir / "report" / "base_eval_hf.json").read_text(encoding="utf-8")
     assert "CORE metric" in section and str(core["core_metric"]) in section
 
 

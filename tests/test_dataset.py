@@ -1,6 +1,8 @@
 """Shards: fetching them, whose a folder is, and reading."""
 
+import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -134,11 +136,12 @@ def test_a_local_folder_is_a_source(tmp_path, capsys):
     folder = tmp_path / "mine"
     for index in range(4):
         write_parquet(folder / f"part-{index}.parquet", [f"text {index}", "more"])
+    (folder / "part-1.parquet").write_bytes(b"PAR1")
     dataset.main(Config(num_files=1, source=str(folder)))
     assert present() == names(0, 3)
     assert list(dataset.parquets_iter_batched("val")) == [["text 3", "more"]]
-    assert read_source(dataset.data_folder()) == {"source": str(folder), "last_shard": 3}
-    (folder / "part-1.parquet").write_bytes(b"PAR1")
+    source = read_source(dataset.data_folder())
+    assert len(source.pop("digest")) == 16 and source == {"source": str(folder), "last_shard": 3}
     with pytest.raises(SystemExit):
         dataset.main(Config(num_files=2, source=str(folder)))
     assert "shard_00001.parquet (" in (error := capsys.readouterr().err) and "part-1.parquet" in error
@@ -344,6 +347,37 @@ def test_a_damaged_row_group_is_named(folder):
     path.write_bytes(content[:4] + bytes(60) + content[64:])
     with pytest.raises(UserError, match="shard_00001.parquet: row group 0 cannot be read"):
         list(dataset.parquets_iter_batched("train"))
+
+
+def test_an_edit_of_ones_own_text_is_another_fingerprint_whatever_its_size(tmp_path):
+    """The footer alone does not tell: the letter is neither in the least nor in the greatest text."""
+    texts = ["a", "the capital is Oslo", "z"]
+    one = write_parquet(tmp_path / "1.parquet", texts, row_group_size=3)
+    before = dataset.shard_fingerprint(one), dataset._footer_hash(one)
+    content = one.read_bytes()
+    assert content.count(b"Oslo") == 1
+    one.write_bytes(content.replace(b"Oslo", b"Lima"))
+    os.utime(one, ns=(1, 1))
+    assert dataset.shard_fingerprint(one) != before[0] and dataset._footer_hash(one) == before[1]
+    dataset.write_source(tmp_path, {"source": "fineweb-edu"})
+    assert dataset.shard_fingerprint(one) == before[1]
+
+
+def test_a_local_folder_with_another_content_is_another_source(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    source = tmp_path / "shards"
+    source.mkdir()
+    for index in range(2):
+        write_parquet(source / dataset.shard_name(index), [f"old {index}"])
+    command = dataset.Config(num_files=-1, source=str(source))
+    dataset.main(command)
+    dataset.main(command)
+    for index in range(2):
+        (source / dataset.shard_name(index)).unlink()
+        write_parquet(source / dataset.shard_name(index), [f"new {index}"])
+    with pytest.raises(SystemExit):
+        dataset.main(command)
+    assert re.search(r"holds .*digest \w{16}\), not .*digest \w{16}\)", capsys.readouterr().err)
 
 
 def test_fingerprints_tell_contents_apart(tmp_path):

@@ -181,7 +181,14 @@ def test_a_full_disk_is_told(server, tmp_path, monkeypatch):
 
 
 def test_malformed_addresses_are_told(tmp_path):
-    for url in ("ftp://host/file", "file", "https://"):
+    for url in (
+        "ftp://host/file",
+        "file",
+        "https://",
+        "http://host:80a/file",
+        "http://host:99999/file",
+        "http://[host/file",
+    ):
         with pytest.raises(UserError, match="is no address"):
             download_file(url, tmp_path / "file")
 

@@ -1,5 +1,6 @@
 """Guards of a training run: which checkpoints are saved, kept and removed, what ends a run, what a stall shows."""
 
+import json
 import math
 import os
 import signal
@@ -13,7 +14,7 @@ from test_distributed import run_ranks
 from nanochat.checkpoint_manager import complete_steps, read_meta, save_checkpoint
 from nanochat.common import Runtime, UserError
 from nanochat.guard import Saver, StallWatch
-from nanochat.train import StopSignal, TrainMeter, is_due
+from nanochat.train import MetricsLog, StopSignal, TrainMeter, is_due
 
 CPU = torch.device("cpu")
 
@@ -72,7 +73,35 @@ def test_a_former_run_stays_until_the_new_one_saves(tmp_path):
     with pytest.raises(UserError, match="the loss is nan; there is no checkpoint yet"):
         Training(tmp_path).train(math.nan)
     assert complete_steps(tmp_path) == [5] and "failed_afterwards" not in read_meta(tmp_path, 5)
+    run = Training(tmp_path)
+    run.stop.received = signal.SIGINT
+    with pytest.raises(SystemExit) as exit_info:
+        run.saver.save_or_stop(1, False, False, run.stop)
+    assert exit_info.value.code == 130 and complete_steps(tmp_path) == [5]
     assert Training(tmp_path).train(4.0, 4.0, 4.0, 4.0, save_every=2) == [2]
+
+
+def test_the_metrics_of_a_former_run_stay_as_long_as_its_checkpoints(tmp_path):
+    def lines() -> list[int]:
+        text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line)["step"] for line in text.splitlines()]
+
+    def train(*losses: float, start_step: int = 0) -> None:
+        log = MetricsLog(tmp_path, start_step)
+        run = Training(tmp_path, start_step)
+        for step, loss in enumerate(losses, start_step + 1):
+            run.train(loss, save_every=2)
+            log.log(step, loss=loss)
+
+    train(4.0, 4.0, 4.0)
+    assert lines() == [1, 2, 3] and complete_steps(tmp_path) == [2]
+    for _ in range(2):
+        train(4.0)  # two that begin anew and save nothing
+        assert lines() == [1] and complete_steps(tmp_path) == [2]
+    train(4.0, start_step=2)
+    assert lines() == [1, 2, 3] and sorted(path.name for path in tmp_path.glob("*.jsonl")) == ["metrics.jsonl"]
+    train(4.0, 4.0, 4.0)
+    assert lines() == [1, 2, 3] and sorted(path.name for path in tmp_path.glob("*.jsonl")) == ["metrics.jsonl"]
 
 
 def test_before_the_first_step_there_is_nothing_to_save(tmp_path):

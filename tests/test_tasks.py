@@ -265,6 +265,8 @@ PROBLEM = {
     [
         ("def f():\n    pass", "def f():\n    pass"),
         ("Here:\n```python\ndef f():\n    pass\n```\nIt does nothing.", "def f():\n    pass"),
+        ("```python3\nx = 1\n```\nIt is 1.", "x = 1"),
+        ("``` {.python title=a}\nx = 1\n```\nIt is 1.", "x = 1"),
         ("```\nx = 1\n```\n```\ny = 2\n```", "x = 1"),
         ("```py\nx = 1\ny = 2", "x = 1\ny = 2"),
     ],
@@ -446,6 +448,7 @@ def test_says_looks_for_whole_words(reply, is_said):
 
 
 def test_says_looks_for_all_words_of_an_answer():
+    assert says("The opposite of 'hot' is 'cold'.", "cold") and not says("it's", "it") and says("It's Kim's.", "Kim's")
     assert says("The capital is Abu  Dhabi.", "Abu Dhabi") and not says("Abu and Dhabi", "Abu Dhabi")
 
 

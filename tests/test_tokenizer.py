@@ -335,6 +335,8 @@ def test_utf8_whatever_the_locale(folder: Path, tmp_path: Path) -> None:
 
 
 def test_vocabulary_that_is_too_small_or_too_large_is_named() -> None:
+    with pytest.raises(UserError, match="--vocab_size=10000000000 is too large"):
+        RustBPETokenizer.train_from_iterator(["abc abc"], 10**10)
     with pytest.raises(UserError, match="--vocab_size=265"):
         RustBPETokenizer.train_from_iterator(corpus(), 264)
     with pytest.raises(UserError, match="--vocab_size=268 or less"):

@@ -101,6 +101,9 @@ def test_a_size_below_one_is_named(name, value):
 def test_evaluation_takes_about_the_wanted_tokens_and_at_least_one_batch():
     assert evaluation_steps(20 * 524_288, 32, 2048, world_size=8, data_lanes=8) == 20
     assert evaluation_steps(1, 32, 2048, world_size=8, data_lanes=8) == 1
+    for tokens in (0, -1):
+        with pytest.raises(UserError, match=f"{tokens} tokens are no evaluation"):
+            evaluation_steps(tokens, 32, 2048, world_size=8, data_lanes=8)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 6, 32])

@@ -298,8 +298,8 @@ def test_a_chat_that_another_tab_deletes_stays_deleted(page, context, server, te
 def test_what_is_said_in_a_deleted_chat_is_kept_again(page, context, server):
     say(page, "hello")
     other = open_page(context, server)
-    other.evaluate("localStorage.clear()")
-    other.evaluate("localStorage.removeItem(PREFIX + chat.id)")
+    other.evaluate("key => localStorage.removeItem(key)", page.evaluate("PREFIX + chat.id"))
+    page.wait_for_function("chat.isDeleted")
     say(page, "again")
     assert stored_chats(other) == 1
 
