@@ -210,7 +210,8 @@ def tokenizing_distributed_data_loader(
     """
     check_same(f"the shards of the {split} split", shard_identities(split))
     groups = row_groups(split_files(split))
-    more = ", or make smaller row groups of the text (python -m dev.repackage_data_reference)"
+    repackage = "python -m dev.repackage_data_reference --input=TEXTS --output=SHARDS"
+    more = f", or make smaller row groups of the text ({repackage})"
     if read_source(data_folder()) is not None:  # else the parquet files are the user's own
         more = ", or get more data (python -m nanochat.dataset -n 8)" if split == "train" else ""
     check_lanes(len(groups), data_lanes, get_dist_info()[3], f"the {split} split has {len(groups)} row groups", more)
